@@ -1,0 +1,536 @@
+package formattest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"reflect"
+	"runtime/debug"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/option"
+)
+
+// Config says what Run tests of a format. The zero value is useful.
+type Config struct {
+	// Options are the sets of creation options to test, as in -o; none: the
+	// defaults alone.
+	Options []string
+	// CompressedOptions are the sets with which encoded writing is tested too.
+	CompressedOptions []string
+	// Sizes asked for; none: 0, 1, 511, 512, 1 MiB +- 1, 2 GiB +- 512.
+	Sizes []int64
+	// Refuses reports sizes that create must refuse; nil: none of Sizes.
+	Refuses func(size int64, opts string) bool
+	// WriteSize is the virtual size of images that are written; 0: 5 MiB + 512.
+	WriteSize int64
+	// FlipBytes bounds the metadata of which every bit is flipped, in bytes
+	// from the start of what is not zero; 0: 8 KiB.
+	FlipBytes int
+	// Wrap, where set, puts a format behind something else (the wire) for the
+	// tests that use whole files; those that damage images run in process.
+	Wrap func(t testing.TB, f sdk.Format) sdk.Format
+}
+
+// hang is how long one operation on a small image may take before it counts
+// as hanging: far more than any working one needs.
+const hang = 2 * time.Minute
+
+// Run is the conformance suite. newFormat returns the format afresh.
+func Run(t *testing.T, newFormat func() sdk.Format, cfg Config) {
+	if len(cfg.Options) == 0 {
+		cfg.Options = []string{""}
+	}
+	if len(cfg.Sizes) == 0 {
+		cfg.Sizes = []int64{0, 1, 511, 512, 1<<20 - 1, 1<<20 + 1, 2<<30 - 512, 2<<30 + 512}
+	}
+	if cfg.WriteSize == 0 {
+		cfg.WriteSize = 5<<20 + 512
+	}
+	if cfg.FlipBytes == 0 {
+		cfg.FlipBytes = 8 << 10
+	}
+	s := &suite{Config: cfg, direct: newFormat}
+	s.format = func(t testing.TB) sdk.Format {
+		if cfg.Wrap != nil {
+			return cfg.Wrap(t, newFormat())
+		}
+		return newFormat()
+	}
+	m := newFormat().Describe().Manifest
+	t.Run("describe", s.describe)
+	if m.Has(sdk.CapCreate) && m.Has(sdk.CapOpen) {
+		t.Run("create", s.create)
+		t.Run("concurrent", s.concurrent)
+		t.Run("cancel", s.cancel)
+		t.Run("truncate", s.truncate)
+		t.Run("flip", s.flip)
+	}
+	if m.Has(sdk.CapCreate) && m.Has(sdk.CapWrite) {
+		t.Run("write", s.write)
+	}
+}
+
+type suite struct {
+	Config
+	direct func() sdk.Format
+	format func(testing.TB) sdk.Format
+}
+
+func (s *suite) describe(t *testing.T) {
+	d := s.format(t).Describe()
+	if again := s.format(t).Describe(); !reflect.DeepEqual(d, again) {
+		t.Errorf("Describe is not constant: %+v, then %+v", d, again)
+	}
+	m := d.Manifest
+	if m.Name == "" || m.Version == "" || len(m.Protocols) == 0 || len(m.Capabilities) == 0 {
+		t.Errorf("manifest lacks a name, version, protocols or capabilities: %+v", m)
+	}
+	known := map[string]bool{sdk.CapOpen: true, sdk.CapCreate: true, sdk.CapCheck: true, sdk.CapRepair: true, sdk.CapWrite: true, sdk.CapDecode: true}
+	for _, c := range m.Capabilities {
+		if !known[c] {
+			t.Errorf("capability %q is not known", c)
+		}
+	}
+	for _, p := range m.Probes {
+		if len(p.Bytes)%2 != 0 || p.Score < 0 || p.Score > 100 {
+			t.Errorf("probe %+v", p)
+		}
+	}
+	seen := map[string]bool{}
+	for _, k := range d.Create {
+		if seen[k.Name] {
+			t.Errorf("create key %q appears twice", k.Name)
+		}
+		seen[k.Name] = true
+		if k.Help == "" {
+			t.Errorf("create key %q has no help", k.Name)
+		}
+		if (k.Type == option.Enum) != (len(k.Allowed) > 0) {
+			t.Errorf("create key %q: allowed values %v for type %d", k.Name, k.Allowed, k.Type)
+		}
+		if (k.Disposition == option.Deferred || k.Disposition == option.Deprecated) && k.Reason == "" {
+			t.Errorf("create key %q has no reason", k.Name)
+		}
+	}
+	if m.Has(sdk.CapCreate) {
+		if _, ok := s.format(t).(sdk.Creator); !ok {
+			t.Error("the manifest lists create, the format does not implement Creator")
+		}
+		if !seen["size"] {
+			t.Error(`create has no key "size"`)
+		}
+		if _, err := d.Create.Validate(m.Name, nil); err != nil {
+			t.Errorf("defaults do not validate: %v", err)
+		}
+	}
+}
+
+func (s *suite) create(t *testing.T) {
+	f := s.format(t)
+	for _, opts := range s.Options {
+		for _, size := range s.Sizes {
+			t.Run(fmt.Sprintf("%s/%d", opts, size), func(t *testing.T) {
+				dir := t.TempDir()
+				name := "image"
+				path, err := TryCreate(t, f, dir, name, size, opts)
+				if s.Refuses != nil && s.Refuses(size, opts) {
+					if err == nil {
+						t.Fatal("accepted")
+					}
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				plan, err := TryPlan(t, f, dir, name, size, opts, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				o := Open(t, f, path, false)
+				if got, want := o.Info.VirtualSize, plan.Info().VirtualSize; got != want || got < size {
+					t.Errorf("virtual size %d, planned %d, asked for %d", got, want, size)
+				}
+				for _, e := range o.Map() {
+					if e.Kind == sdk.Encoded {
+						t.Errorf("an empty image has the extent %+v", e)
+					}
+				}
+				s.subranges(t, o)
+				s.checkClean(t, f, path)
+			})
+		}
+	}
+}
+
+// subranges compares the map of parts with the map of the whole.
+func (s *suite) subranges(t *testing.T, o *Opened) {
+	t.Helper()
+	size := o.Info.VirtualSize
+	if size == 0 {
+		if err := o.Image.Map(context.Background(), 0, 0, func([]sdk.Extent) bool { return true }); err != nil {
+			t.Errorf("map of nothing: %v", err)
+		}
+		return
+	}
+	whole := o.Map()
+	rng := rand.New(rand.NewPCG(1, 2))
+	for range 20 {
+		off := rng.Int64N(size)
+		n := 1 + rng.Int64N(size-off)
+		part, err := MapRange(context.Background(), o.Image, off, n)
+		if err != nil {
+			t.Fatalf("map %#x+%#x: %v", off, n, err)
+		}
+		if want := cut(whole, off, n); !reflect.DeepEqual(part, want) {
+			t.Fatalf("map %#x+%#x: %+v, want %+v", off, n, part, want)
+		}
+	}
+	// Stopping early is no error.
+	if err := o.Image.Map(context.Background(), 0, size, func([]sdk.Extent) bool { return false }); err != nil {
+		t.Errorf("map stopped by the caller: %v", err)
+	}
+}
+
+// cut returns the part of whole inside a guest range. Encoded extents cannot be
+// cut by their host offset and are kept as they are but for the guest range.
+func cut(whole []sdk.Extent, off, n int64) []sdk.Extent {
+	var out []sdk.Extent
+	for _, e := range whole {
+		lo, hi := max(e.Offset, off), min(e.Offset+e.Length, off+n)
+		if lo >= hi {
+			continue
+		}
+		if e.HostOffset >= 0 && e.Kind != sdk.Encoded {
+			e.HostOffset += lo - e.Offset
+		}
+		e.Offset, e.Length = lo, hi-lo
+		out = append(out, e)
+	}
+	return out
+}
+
+func (s *suite) checkClean(t *testing.T, f sdk.Format, path string) {
+	t.Helper()
+	m := f.Describe().Manifest
+	if !m.Has(sdk.CapCheck) {
+		return
+	}
+	o, err := TryOpen(t, f, path, sdk.OpenRequest{Check: true})
+	if err != nil {
+		t.Fatalf("open for check: %v", err)
+	}
+	checker, ok := o.Image.(sdk.Checker)
+	if !ok {
+		t.Fatal("the manifest lists check, the image does not implement Checker")
+	}
+	res, err := checker.Check(context.Background(), sdk.CheckRequest{
+		Message:  func(m string) { t.Logf("check: %s", m) },
+		Progress: func(float64) {},
+	})
+	if err != nil {
+		t.Fatalf("check: %v", err)
+	}
+	if res.CheckErrors+res.Corruptions+res.Leaks != 0 {
+		t.Errorf("check of a sound image: %+v", *res)
+	}
+}
+
+// sample creates an image with some data in it where the format can.
+func (s *suite) sample(t *testing.T, f sdk.Format, opts string) string {
+	t.Helper()
+	path, err := CreateAs(t, f, t.TempDir(), "image", s.WriteSize, opts, reproducible)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m := f.Describe().Manifest; m.Has(sdk.CapWrite) {
+		Write(t, f, path, map[int64][]byte{0: pattern(1, 512), 1 << 20: pattern(2, 4096)}, false)
+	}
+	return path
+}
+
+func reproducible(req *sdk.CreateRequest) { req.Reproducible, req.Time = true, reproducibleTime }
+
+func (s *suite) concurrent(t *testing.T) {
+	f := s.format(t)
+	o := Open(t, f, s.sample(t, f, s.Options[0]), false)
+	want := o.Map()
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(uint64(i), 3))
+			for range 20 {
+				off := rng.Int64N(o.Info.VirtualSize)
+				n := 1 + rng.Int64N(o.Info.VirtualSize-off)
+				got, err := MapRange(context.Background(), o.Image, off, n)
+				if err != nil || !reflect.DeepEqual(got, cut(want, off, n)) {
+					t.Errorf("concurrent map %#x+%#x: %+v, %v", off, n, got, err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func (s *suite) cancel(t *testing.T) {
+	f := s.format(t)
+	path := s.sample(t, f, s.Options[0])
+	o := Open(t, f, path, false)
+	ctx, stop := context.WithCancel(context.Background())
+	stop()
+	guard(t, "map with a cancelled context", func() {
+		// A map this small may be through before it looks at the context.
+		if _, err := MapRange(ctx, o.Image, 0, o.Info.VirtualSize); err != nil && !errors.Is(err, context.Canceled) {
+			t.Errorf("map with a cancelled context: %v", err)
+		}
+	})
+	// The image works on.
+	o.Map()
+}
+
+// guard fails the test, naming what, when fn panics or hangs.
+func guard(t testing.TB, what string, fn func()) {
+	t.Helper()
+	timer := time.AfterFunc(hang, func() { panic("formattest: hangs: " + what) })
+	defer timer.Stop()
+	defer func() {
+		if r := recover(); r != nil {
+			t.Fatalf("%s: panic: %v\n%s", what, r, debug.Stack())
+		}
+	}()
+	fn()
+}
+
+// touch does with a damaged image all that a core would: errors are welcome,
+// panics, hangs and writes are not.
+func (s *suite) touch(f sdk.Format, files []sdk.NamedFile, check bool) error {
+	ctx := context.Background()
+	img, err := f.Open(ctx, sdk.OpenRequest{Files: files[:1], Name: "image", Check: check})
+	if err != nil {
+		return harmless(err)
+	}
+	defer img.Close()
+	info, err := img.Info(ctx)
+	if err != nil {
+		return harmless(err)
+	}
+	if info.VirtualSize < 0 {
+		return fmt.Errorf("virtual size %d", info.VirtualSize)
+	}
+	if a, ok := img.(sdk.Attacher); ok && len(files) > 1 {
+		if err := a.Attach(ctx, files[1:]); err != nil {
+			return harmless(err)
+		}
+	}
+	n := 0
+	var extents []sdk.Extent
+	at := int64(0)
+	var broken error
+	err = img.Map(ctx, 0, info.VirtualSize, func(batch []sdk.Extent) bool {
+		for _, e := range batch {
+			if broken = checkExtent(nil, e, at, info.VirtualSize); broken != nil {
+				return false
+			}
+			at += e.Length
+			if e.Kind == sdk.Encoded && len(extents) < 8 {
+				extents = append(extents, e)
+			}
+		}
+		n += len(batch)
+		return n < 1<<14
+	})
+	if broken != nil {
+		return broken
+	}
+	if err := harmless(err); err != nil {
+		return err
+	}
+	if d, ok := img.(sdk.Decoder); ok {
+		for _, e := range extents {
+			if e.Length > 1<<26 {
+				continue
+			}
+			if err := harmless(d.Decode(ctx, e, make([]byte, e.Length))); err != nil {
+				return err
+			}
+		}
+	}
+	if c, ok := img.(sdk.Checker); ok && check {
+		_, err := c.Check(ctx, sdk.CheckRequest{Message: func(string) {}, Progress: func(float64) {}})
+		return harmless(err)
+	}
+	return nil
+}
+
+// harmless drops the errors that a damaged image may end in.
+func harmless(err error) error {
+	if errors.Is(err, ErrWritten) {
+		return err
+	}
+	return nil
+}
+
+// inMemory creates a sample in process and returns the content of its files.
+func (s *suite) inMemory(t *testing.T, opts string) (roles []string, contents [][]byte) {
+	t.Helper()
+	f := s.direct()
+	o := Open(t, f, s.sample(t, f, opts), false)
+	for _, nf := range o.Files {
+		size, err := nf.File.Size()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, size)
+		if _, err := nf.File.ReadAt(b, 0); err != nil {
+			t.Fatal(err)
+		}
+		roles, contents = append(roles, nf.Role), append(contents, b)
+	}
+	return roles, contents
+}
+
+func memFiles(roles []string, contents [][]byte) []sdk.NamedFile {
+	var files []sdk.NamedFile
+	for i := range roles {
+		files = append(files, sdk.NamedFile{Role: roles[i], File: ReadOnly(MemFile(contents[i]))})
+	}
+	return files
+}
+
+func (s *suite) truncate(t *testing.T) {
+	f := s.direct()
+	for _, opts := range s.Options {
+		roles, contents := s.inMemory(t, opts)
+		whole := contents[0]
+		for n := 0; n < len(whole); n += 512 {
+			// Dense at the start, where metadata lies, thinner behind it.
+			if n > 1<<20 && n%(1<<16) != 0 {
+				continue
+			}
+			for _, n := range []int{n, n + 1, n + 511} {
+				if n >= len(whole) {
+					continue
+				}
+				contents[0] = whole[:n:n]
+				what := fmt.Sprintf("%q truncated to %d of %d bytes", opts, n, len(whole))
+				guard(t, what, func() {
+					for _, check := range []bool{false, true} {
+						if err := s.touch(f, memFiles(roles, contents), check); err != nil {
+							t.Errorf("%s: %v", what, err)
+						}
+					}
+				})
+			}
+		}
+	}
+}
+
+func (s *suite) flip(t *testing.T) {
+	f := s.direct()
+	for _, opts := range s.Options {
+		roles, contents := s.inMemory(t, opts)
+		b := contents[0]
+		files := memFiles(roles, contents)
+		left := s.FlipBytes
+		step := 1
+		if testing.Short() {
+			step = 7
+		}
+		for sector := 0; sector < len(b) && left > 0; sector += 512 {
+			end := min(sector+512, len(b))
+			if len(bytes.TrimLeft(b[sector:end], "\x00")) == 0 {
+				continue
+			}
+			left -= end - sector
+			for bit := sector * 8; bit < end*8; bit += step {
+				b[bit/8] ^= 1 << (bit % 8)
+				what := fmt.Sprintf("%q with bit %d of byte %#x flipped", opts, bit%8, bit/8)
+				guard(t, what, func() {
+					for _, check := range []bool{false, true} {
+						if err := s.touch(f, files, check); err != nil {
+							t.Errorf("%s: %v", what, err)
+						}
+					}
+				})
+				b[bit/8] ^= 1 << (bit % 8)
+			}
+		}
+	}
+}
+
+// pattern returns n bytes that look random and depend on seed alone.
+func pattern(seed uint64, n int) []byte {
+	b := make([]byte, n)
+	src := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), 1})
+	_, _ = src.Read(b)
+	return b
+}
+
+func (s *suite) write(t *testing.T) {
+	f := s.format(t)
+	run := func(opts string, compressed bool) {
+		t.Run(fmt.Sprintf("%s/compressed=%v", opts, compressed), func(t *testing.T) {
+			path, err := CreateAs(t, f, t.TempDir(), "image", s.WriteSize, opts, func(req *sdk.CreateRequest) {
+				reproducible(req)
+				req.Compressed = compressed
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			size := Open(t, f, path, false).Info.VirtualSize
+			want := make([]byte, size)
+			runs := map[int64][]byte{}
+			put := func(off int64, b []byte) {
+				if off >= 0 && off < size {
+					b = b[:min(int64(len(b)), size-off)]
+					runs[off] = b
+					copy(want[off:], b)
+				}
+			}
+			put(0, pattern(1, 700))
+			put(300<<10, bytes.Repeat([]byte("instar "), 50000))
+			put(2<<20+512, pattern(2, 200<<10))
+			put(size-1000, pattern(3, 1000))
+			Write(t, f, path, runs, compressed)
+
+			o := Open(t, f, path, false)
+			if o.Info.VirtualSize != size {
+				t.Errorf("virtual size became %d, was %d", o.Info.VirtualSize, size)
+			}
+			if got := o.Read(0, size); !bytes.Equal(got, want) {
+				i := 0
+				for got[i] == want[i] {
+					i++
+				}
+				t.Errorf("content differs from %#x on", i)
+			}
+			s.subranges(t, o)
+			s.checkClean(t, f, path)
+		})
+	}
+	for _, opts := range s.Options {
+		run(opts, false)
+	}
+	for _, opts := range s.CompressedOptions {
+		run(opts, true)
+	}
+	// Nothing written is a valid image too.
+	path := Create(t, f, t.TempDir(), "image", s.WriteSize, s.Options[0])
+	Write(t, f, path, nil, false)
+	before, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := Open(t, f, path, false)
+	if got := o.Read(0, o.Info.VirtualSize); len(bytes.TrimLeft(got, "\x00")) != 0 {
+		t.Errorf("an image of %d bytes into which nothing was written is not all zeros", before.Size())
+	}
+	s.checkClean(t, f, path)
+}
