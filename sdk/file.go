@@ -11,6 +11,12 @@ func NewFile(f *os.File) File { return osFile{f} }
 
 type osFile struct{ *os.File }
 
+// OSFile returns the descriptor behind a File made by NewFile, or false.
+func OSFile(f File) (*os.File, bool) {
+	o, ok := f.(osFile)
+	return o.File, ok
+}
+
 func (f osFile) Size() (int64, error) {
 	fi, err := f.Stat()
 	if err != nil {

@@ -151,6 +151,18 @@ type Image interface {
 	Close() error
 }
 
+// As returns img as one of the optional interfaces (Checker, Decoder, Attacher,
+// Writer), or false where the image does not have it. It serves images at the
+// other end of a wire too, where a type assertion cannot tell.
+func As[T any](img Image) (T, bool) {
+	if s, ok := img.(interface{ Supports(iface any) bool }); ok && !s.Supports((*T)(nil)) {
+		var none T
+		return none, false
+	}
+	t, ok := img.(T)
+	return t, ok
+}
+
 // ExtentKind says what a guest range of one layer holds.
 type ExtentKind uint8
 
@@ -429,10 +441,10 @@ type Writer interface {
 	Place(ctx context.Context, runs []Run) ([]Placement, error)
 	// Zero makes guest runs read as zeros whatever a backing file holds.
 	Zero(ctx context.Context, runs []Run) error
-	// Encode stores one unit in encoded form: src holds the guest bytes from
-	// offset, cut only by the end of the disk. It is called concurrently only
-	// where WriteInfo.ConcurrentEncode.
-	Encode(ctx context.Context, offset int64, src []byte) error
+	// Encode stores units in encoded form, in order. Encode what can be encoded
+	// side by side (Parallel), place it in the order given, so that the output
+	// depends on the input alone.
+	Encode(ctx context.Context, units []Unit) error
 	// Finish writes the tables. The image is valid when it returns, and only then.
 	Finish(ctx context.Context) error
 }
@@ -445,11 +457,17 @@ type WriteRequest struct {
 
 // WriteInfo is how a target wants to be written.
 type WriteInfo struct {
-	Unit             int64 // runs and encoded units are whole units
-	EncodeOnly       bool  // Place is not supported (streamOptimized)
-	ConcurrentEncode bool
+	Unit       int64 // runs and encoded units are whole units
+	EncodeOnly bool  // Place is not supported (streamOptimized)
 	// ReadsZero: units never written read as zeros (no old content, no backing).
 	ReadsZero bool
+}
+
+// Unit is the guest content of one allocation unit, cut only by the end of the
+// disk.
+type Unit struct {
+	Offset int64 // guest offset
+	Data   []byte
 }
 
 // Run is a guest range.

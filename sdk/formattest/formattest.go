@@ -419,10 +419,12 @@ func (o *Opened) write(ctx context.Context, runs map[int64][]byte, compressed bo
 	}
 	if compressed || wi.EncodeOnly {
 		for _, r := range ranges {
+			var units []sdk.Unit
 			for off := r.Offset; off < r.Offset+r.Length; off += wi.Unit {
-				if err := w.Encode(ctx, off, content(off, min(wi.Unit, r.Offset+r.Length-off))); err != nil {
-					return fmt.Errorf("encode %#x: %w", off, err)
-				}
+				units = append(units, sdk.Unit{Offset: off, Data: content(off, min(wi.Unit, r.Offset+r.Length-off))})
+			}
+			if err := w.Encode(ctx, units); err != nil {
+				return fmt.Errorf("encode %#x: %w", r.Offset, err)
 			}
 		}
 	} else if err := o.place(ctx, w, ranges, content); err != nil {

@@ -2975,13 +2975,12 @@ func (x *BeginWriteRequest) GetReproducible() bool {
 }
 
 type BeginWriteResponse struct {
-	state            protoimpl.MessageState `protogen:"open.v1"`
-	Unit             int64                  `protobuf:"varint,1,opt,name=unit,proto3" json:"unit,omitempty"`
-	EncodeOnly       bool                   `protobuf:"varint,2,opt,name=encode_only,json=encodeOnly,proto3" json:"encode_only,omitempty"`
-	ConcurrentEncode bool                   `protobuf:"varint,3,opt,name=concurrent_encode,json=concurrentEncode,proto3" json:"concurrent_encode,omitempty"`
-	ReadsZero        bool                   `protobuf:"varint,4,opt,name=reads_zero,json=readsZero,proto3" json:"reads_zero,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Unit          int64                  `protobuf:"varint,1,opt,name=unit,proto3" json:"unit,omitempty"`
+	EncodeOnly    bool                   `protobuf:"varint,2,opt,name=encode_only,json=encodeOnly,proto3" json:"encode_only,omitempty"`
+	ReadsZero     bool                   `protobuf:"varint,3,opt,name=reads_zero,json=readsZero,proto3" json:"reads_zero,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BeginWriteResponse) Reset() {
@@ -3024,13 +3023,6 @@ func (x *BeginWriteResponse) GetUnit() int64 {
 func (x *BeginWriteResponse) GetEncodeOnly() bool {
 	if x != nil {
 		return x.EncodeOnly
-	}
-	return false
-}
-
-func (x *BeginWriteResponse) GetConcurrentEncode() bool {
-	if x != nil {
-		return x.ConcurrentEncode
 	}
 	return false
 }
@@ -3818,14 +3810,13 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\n" +
 	"compressed\x18\x02 \x01(\bR\n" +
 	"compressed\x12\"\n" +
-	"\freproducible\x18\x03 \x01(\bR\freproducible\"\x95\x01\n" +
+	"\freproducible\x18\x03 \x01(\bR\freproducible\"h\n" +
 	"\x12BeginWriteResponse\x12\x12\n" +
 	"\x04unit\x18\x01 \x01(\x03R\x04unit\x12\x1f\n" +
 	"\vencode_only\x18\x02 \x01(\bR\n" +
-	"encodeOnly\x12+\n" +
-	"\x11concurrent_encode\x18\x03 \x01(\bR\x10concurrentEncode\x12\x1d\n" +
+	"encodeOnly\x12\x1d\n" +
 	"\n" +
-	"reads_zero\x18\x04 \x01(\bR\treadsZero\"5\n" +
+	"reads_zero\x18\x03 \x01(\bR\treadsZero\"5\n" +
 	"\x03Run\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x16\n" +
 	"\x06length\x18\x02 \x01(\x03R\x06length\"p\n" +

@@ -1,0 +1,128 @@
+package wire
+
+import (
+	"context"
+	"errors"
+	"syscall"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/option"
+	pb "github.com/instar-img/instar/sdk/proto/instar/format/v1"
+)
+
+// classes names the error classes on the wire, most specific first.
+var classes = []struct {
+	name string
+	err  error
+	code codes.Code
+}{
+	{"corrupt", sdk.ErrCorrupt, codes.DataLoss},
+	{"unsupported", sdk.ErrUnsupported, codes.Unimplemented},
+	{"invalid", sdk.ErrInvalid, codes.InvalidArgument},
+	{"not-format", sdk.ErrNotFormat, codes.InvalidArgument},
+	{"not-attached", sdk.ErrNotAttached, codes.FailedPrecondition},
+	{"read-only", sdk.ErrReadOnly, codes.FailedPrecondition},
+	{"not-found", sdk.ErrNotFound, codes.NotFound},
+	{"too-big", sdk.ErrTooBig, codes.OutOfRange},
+}
+
+// Detail returns err's class, errno and option error, and its status code.
+func Detail(err error) (*pb.ErrorDetail, codes.Code) {
+	d := &pb.ErrorDetail{}
+	code := codes.Unknown
+	for _, c := range classes {
+		if errors.Is(err, c.err) {
+			d.Class, code = c.name, c.code
+			break
+		}
+	}
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		d.Errno = int32(errno)
+	}
+	var oe *option.Error
+	if errors.As(err, &oe) {
+		d.Option = &pb.OptionError{Key: oe.Key, Value: oe.Value, Reason: oe.Reason, Accepted: oe.Accepted, Text: oe.Text}
+		code = codes.InvalidArgument
+	}
+	return d, code
+}
+
+// Status makes the status that carries err; nil stays nil.
+func Status(err error) error {
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, context.Canceled) {
+		return status.Error(codes.Canceled, err.Error())
+	}
+	d, code := Detail(err)
+	s, derr := status.New(code, err.Error()).WithDetails(d)
+	if derr != nil {
+		return status.Error(code, err.Error())
+	}
+	return s.Err()
+}
+
+// FromStatus is the inverse of Status: the error has the same text, and
+// errors.Is and errors.As find the same class, errno and option error. Errors
+// of the transport itself are returned as they are.
+func FromStatus(err error) error {
+	s, ok := status.FromError(err)
+	if err == nil || !ok {
+		return err
+	}
+	if s.Code() == codes.Canceled {
+		return &remoteError{text: s.Message(), class: context.Canceled}
+	}
+	for _, x := range s.Details() {
+		if d, ok := x.(*pb.ErrorDetail); ok {
+			return FromDetail(s.Message(), d)
+		}
+	}
+	return err
+}
+
+// FromDetail rebuilds an error of its text and detail.
+func FromDetail(text string, d *pb.ErrorDetail) error {
+	if o := d.GetOption(); o != nil {
+		oe := &option.Error{Key: o.GetKey(), Value: o.GetValue(), Reason: o.GetReason(), Accepted: o.GetAccepted(), Text: o.GetText()}
+		if oe.Error() == text {
+			return oe
+		}
+		return &remoteError{text: text, class: oe}
+	}
+	e := &remoteError{text: text}
+	for _, c := range classes {
+		if c.name == d.GetClass() {
+			e.class = c.err
+		}
+	}
+	if d.GetErrno() > 0 {
+		e.errno = syscall.Errno(d.GetErrno())
+	}
+	return e
+}
+
+// remoteError is an error that a plugin returned.
+type remoteError struct {
+	text  string
+	class error
+	errno error
+}
+
+func (e *remoteError) Error() string { return e.text }
+
+func (e *remoteError) Unwrap() []error {
+	var out []error
+	if e.class != nil {
+		out = append(out, e.class)
+	}
+	if e.errno != nil {
+		out = append(out, e.errno)
+	}
+	return out
+}
