@@ -48,7 +48,8 @@ type Key struct {
 	Disposition Disposition
 	Reason      string
 	// RangeText, where not empty, is the whole text of the error for a value out
-	// of bounds (a contract with qemu-img).
+	// of bounds or not among Allowed (a contract with qemu-img). %s in it stands
+	// for the value.
 	RangeText string
 	// Extra marks keys that qemu-img does not have.
 	Extra bool
@@ -94,6 +95,9 @@ type Value struct {
 	Uint   uint64 // Size, Uint
 	Bool   bool
 	String string // String, Enum
+	// Text is the value as the user wrote it, where that is not its canonical
+	// form (yes for on, v3 for 1.1). Only messages to that user repeat it.
+	Text string
 	// Set: the user gave it; otherwise it is the schema's default.
 	Set bool
 }
