@@ -62,12 +62,16 @@ func TryPlan(t testing.TB, f sdk.Format, dir, name string, size int64, opts stri
 	if !ok {
 		t.Fatalf("%s: does not implement sdk.Creator", f.Describe().Manifest.Name)
 	}
-	settings, help, err := option.Split(opts)
-	if err != nil {
-		return nil, err
-	}
-	if help {
-		t.Fatalf("options %q ask for help", opts)
+	var settings []option.Setting
+	if opts != "" {
+		var help bool
+		var err error
+		if settings, help, err = option.Split(opts); err != nil {
+			return nil, err
+		}
+		if help {
+			t.Fatalf("options %q ask for help", opts)
+		}
 	}
 	d := f.Describe()
 	values, err := d.Create.Validate(d.Manifest.Name, option.Merge(settings))
