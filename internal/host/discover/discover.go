@@ -1,0 +1,317 @@
+// Package discover finds format plugins and reads their manifests. It runs on
+// every command and starts no plugin that has a manifest beside it.
+package discover
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sort"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/instar-img/instar/sdk"
+)
+
+// Prefix of the names of plugin programs.
+const Prefix = "instar-format-"
+
+const (
+	maxManifest  = 1 << 20
+	askTimeout   = 10 * time.Second
+	manifestFlag = "--manifest"
+)
+
+// PathVariable is the environment variable with directories to search first.
+const PathVariable = "INSTAR_PLUGIN_PATH"
+
+// Plugin is a format plugin that can be launched.
+type Plugin struct {
+	Manifest     sdk.Manifest
+	Path         string // of the program, absolute
+	ManifestPath string // empty where the program itself was asked
+	Dir          string // in which it was found
+}
+
+// Set is what was found.
+type Set struct {
+	plugins []*Plugin
+	dirs    []string
+	refused []error
+}
+
+// Options says where to search.
+type Options struct {
+	// Dirs are searched in order; nil means the usual ones: those in
+	// INSTAR_PLUGIN_PATH, the directory of Executable, its ../libexec/instar,
+	// /usr/local/libexec/instar and /usr/libexec/instar.
+	Dirs []string
+	// Executable is the path of the running program, empty for os.Executable.
+	Executable string
+}
+
+// Find searches for plugins. Of several with one name the first found counts.
+// What is refused or broken is left out and listed by Refused.
+func Find(o Options) (*Set, error) {
+	dirs := o.Dirs
+	if dirs == nil {
+		var err error
+		if dirs, err = usualDirs(o.Executable); err != nil {
+			return nil, err
+		}
+	}
+	s := &Set{}
+	for _, dir := range dirs {
+		s.addDir(dir)
+	}
+	sort.Slice(s.plugins, func(i, j int) bool {
+		return s.plugins[i].Manifest.Name < s.plugins[j].Manifest.Name
+	})
+	return s, nil
+}
+
+func usualDirs(executable string) ([]string, error) {
+	var dirs []string
+	for _, d := range filepath.SplitList(os.Getenv(PathVariable)) {
+		if d != "" {
+			dirs = append(dirs, d)
+		}
+	}
+	if executable == "" {
+		var err error
+		if executable, err = os.Executable(); err != nil {
+			return nil, fmt.Errorf("find plugins: %w", err)
+		}
+	}
+	// The link bin/qemu-img, or one in /usr/bin, leads to the real program.
+	if real, err := filepath.EvalSymlinks(executable); err == nil {
+		executable = real
+	}
+	own := filepath.Dir(executable)
+	return append(dirs, own, filepath.Join(filepath.Dir(own), "libexec", "instar"),
+		"/usr/local/libexec/instar", "/usr/libexec/instar"), nil
+}
+
+// addDir adds the plugins of one directory.
+func (s *Set) addDir(dir string) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		s.refused = append(s.refused, err)
+		return
+	}
+	for _, seen := range s.dirs {
+		if seen == dir {
+			return
+		}
+	}
+	s.dirs = append(s.dirs, dir)
+	info, err := os.Stat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	if err == nil && !info.IsDir() {
+		err = fmt.Errorf("plugin directory %s: not a directory", dir)
+	}
+	if err != nil {
+		s.refused = append(s.refused, err)
+		return
+	}
+	names, err := pluginNames(dir)
+	if err != nil {
+		s.refused = append(s.refused, err)
+		return
+	}
+	if len(names) == 0 {
+		return
+	}
+	if err := trusted(dir, info); err != nil {
+		s.refused = append(s.refused, fmt.Errorf("plugin directory %w", err))
+		return
+	}
+	for _, name := range names {
+		if !strings.HasSuffix(name, ".json") {
+			s.addProgram(dir, name)
+		}
+	}
+}
+
+// pluginNames lists the directory's entries that begin with Prefix, sorted.
+func pluginNames(dir string) ([]string, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("plugin directory: %w", err)
+	}
+	defer d.Close()
+	all, err := d.Readdirnames(-1)
+	if err != nil {
+		return nil, fmt.Errorf("plugin directory: %w", err)
+	}
+	names := all[:0]
+	for _, n := range all {
+		if strings.HasPrefix(n, Prefix) {
+			names = append(names, n)
+		}
+	}
+	sort.Strings(names)
+	return names, nil
+}
+
+func (s *Set) addProgram(dir, name string) {
+	path := filepath.Join(dir, name)
+	info, err := os.Stat(path)
+	if err != nil || !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {
+		return
+	}
+	if err := trusted(path, info); err != nil {
+		s.refused = append(s.refused, fmt.Errorf("plugin %w", err))
+		return
+	}
+	p := &Plugin{Path: path, Dir: dir, ManifestPath: path + ".json"}
+	p.Manifest, err = readManifest(p.ManifestPath)
+	if errors.Is(err, fs.ErrNotExist) {
+		p.ManifestPath = ""
+		p.Manifest, err = askManifest(path)
+	}
+	if err != nil {
+		s.refused = append(s.refused, fmt.Errorf("plugin %s: %w", path, err))
+		return
+	}
+	for _, other := range s.plugins {
+		if other.Manifest.Name == p.Manifest.Name {
+			return
+		}
+	}
+	s.plugins = append(s.plugins, p)
+}
+
+// trusted refuses what somebody else than root or the caller could replace.
+func trusted(path string, info fs.FileInfo) error {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fmt.Errorf("%s: owner unknown", path)
+	}
+	if uid := os.Geteuid(); st.Uid != 0 && int(st.Uid) != uid {
+		return fmt.Errorf("%s: refused: owned by user %d, neither root nor the caller", path, st.Uid)
+	}
+	// A group that holds root or the caller alone would be harmless, but who is
+	// in a group cannot be told cheaply.
+	if info.Mode()&0o022 != 0 {
+		return fmt.Errorf("%s: refused: writable by others (mode %04o)", path, info.Mode().Perm())
+	}
+	return nil
+}
+
+func readManifest(path string) (sdk.Manifest, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return sdk.Manifest{}, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return sdk.Manifest{}, err
+	}
+	if err := trusted(path, info); err != nil {
+		return sdk.Manifest{}, err
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxManifest+1))
+	if err != nil {
+		return sdk.Manifest{}, err
+	}
+	return parseManifest(b)
+}
+
+// askManifest starts the program to have it print its manifest: unconfined,
+// which is why only programs in trusted directories get here.
+func askManifest(path string) (sdk.Manifest, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), askTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, path, manifestFlag)
+	cmd.Env = []string{}
+	cmd.WaitDelay = time.Second
+	b, err := cmd.Output()
+	if err != nil {
+		return sdk.Manifest{}, fmt.Errorf("%s: %w", manifestFlag, err)
+	}
+	return parseManifest(b)
+}
+
+func parseManifest(b []byte) (sdk.Manifest, error) {
+	var m sdk.Manifest
+	if len(b) > maxManifest {
+		return m, fmt.Errorf("manifest is larger than %d bytes", maxManifest)
+	}
+	if err := json.Unmarshal(b, &m); err != nil {
+		return m, fmt.Errorf("manifest: %w", err)
+	}
+	if m.Name == "" {
+		return m, errors.New("manifest: no name")
+	}
+	return m, nil
+}
+
+// Plugins returns the plugins in order of their names.
+func (s *Set) Plugins() []*Plugin { return s.plugins }
+
+// Dirs returns the directories that were searched.
+func (s *Set) Dirs() []string { return s.dirs }
+
+// Refused returns why directories, programs and manifests were left out.
+func (s *Set) Refused() []error { return s.refused }
+
+// ByName returns the plugin with a canonical name or alias; canonical names
+// win. The error is a *MissingError.
+func (s *Set) ByName(name string) (*Plugin, error) {
+	for _, p := range s.plugins {
+		if p.Manifest.Name == name {
+			return p, nil
+		}
+	}
+	for _, p := range s.plugins {
+		for _, alias := range p.Manifest.Aliases {
+			if alias == name {
+				return p, nil
+			}
+		}
+	}
+	err := &MissingError{Name: name}
+	for _, p := range s.plugins {
+		err.Present = append(err.Present, p.Manifest.Name)
+	}
+	// A refused program of that name is the likely reason.
+	for _, refused := range s.refused {
+		if strings.Contains(refused.Error(), Prefix+name) {
+			err.Reason = refused
+		}
+	}
+	return nil, err
+}
+
+// MissingError reports a format for which there is no plugin.
+type MissingError struct {
+	Name    string
+	Present []string // formats that there are
+	Reason  error    // why a plugin of that name was refused, nil for none
+}
+
+func (e *MissingError) Error() string {
+	present := "no format is installed"
+	if len(e.Present) > 0 {
+		present = "installed formats: " + strings.Join(e.Present, ", ")
+	}
+	if e.Reason != nil {
+		return fmt.Sprintf("unknown format %q: %v (%s)", e.Name, e.Reason, present)
+	}
+	return fmt.Sprintf("unknown format %q: the program %s%s, which a package of that name would bring, was not found (%s)",
+		e.Name, Prefix, e.Name, present)
+}
+
+// Unwrap gives the reason.
+func (e *MissingError) Unwrap() error { return e.Reason }

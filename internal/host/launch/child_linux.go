@@ -1,0 +1,100 @@
+package launch
+
+import (
+	"fmt"
+	"runtime"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+const sendFlags = unix.MSG_NOSIGNAL | unix.MSG_DONTWAIT
+
+func socketpair() ([2]int, error) {
+	return unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+}
+
+func sysProcAttr() *syscall.SysProcAttr {
+	// The signal comes when the launching thread dies, which is why that thread
+	// stays to wait for the process.
+	return &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+}
+
+// closeOnExec keeps descriptors that instar's caller left open away from
+// plugins.
+var closeOnExec = sync.OnceFunc(func() {
+	_ = unix.CloseRange(3, 1<<31-1, unix.CLOSE_RANGE_CLOEXEC)
+})
+
+// run is the life of the thread that starts the process: it restricts itself,
+// starts the process, which inherits the restrictions, and waits for it. The
+// goroutine ends locked, so that the thread dies and nothing else ever runs on
+// it.
+func (c *child) run(attr *syscall.ProcAttr, result chan<- error) {
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() {
+		// The main thread cannot be thrown away. While it is held here, another
+		// goroutine gets another thread.
+		other := make(chan error)
+		go c.run(attr, other)
+		result <- <-other
+		runtime.UnlockOSThread()
+		return
+	}
+	closeOnExec()
+	if c.confined {
+		if err := c.confine(); err != nil {
+			result <- err
+			return
+		}
+	}
+	pid, err := syscall.ForkExec(c.path, []string{c.path}, attr)
+	if err != nil {
+		result <- fmt.Errorf("start: %w", err)
+		return
+	}
+	c.mu.Lock()
+	c.id = pid
+	c.mu.Unlock()
+	c.setLimits(pid)
+	result <- nil
+	c.wait()
+}
+
+// setLimits bounds the process from outside. It may have begun to run, which
+// does not matter: what it can have used by now is nothing.
+func (c *child) setLimits(pid int) {
+	set := func(resource int, limit uint64) {
+		l := unix.Rlimit{Cur: limit, Max: limit}
+		var old unix.Rlimit
+		if err := unix.Prlimit(pid, resource, nil, &old); err == nil {
+			l.Max = min(l.Max, old.Max)
+			l.Cur = min(l.Cur, l.Max)
+		}
+		_ = unix.Prlimit(pid, resource, &l, nil) // fails when the process is gone
+	}
+	set(unix.RLIMIT_CORE, 0)
+	set(unix.RLIMIT_NOFILE, uint64(c.limits.Files))
+	if c.limits.CPUSeconds > 0 {
+		set(unix.RLIMIT_CPU, uint64(c.limits.CPUSeconds))
+	}
+	if c.limits.MemoryBytes > 0 {
+		// Not RLIMIT_AS: a Go program reserves far more addresses than it uses.
+		set(unix.RLIMIT_DATA, uint64(c.limits.MemoryBytes)+memoryOverhead)
+	}
+}
+
+// memoryOverhead is what a Go program maps beside its heap: arenas are mapped
+// 64 MiB at a time.
+const memoryOverhead = 128 << 20
+
+// awaitExit returns when the process has ended and can be waited for.
+func awaitExit(pid int) {
+	for {
+		err := unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
+		if err != unix.EINTR {
+			return
+		}
+	}
+}

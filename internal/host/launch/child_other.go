@@ -1,0 +1,46 @@
+//go:build unix && !linux
+
+package launch
+
+import (
+	"fmt"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+const sendFlags = unix.MSG_DONTWAIT
+
+// socketpair is a stream here: each message is read on its own, because the
+// kernel does not join data with different descriptors.
+func socketpair() ([2]int, error) {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	if err != nil {
+		return pair, err
+	}
+	for _, fd := range pair {
+		unix.CloseOnExec(fd)
+	}
+	return pair, nil
+}
+
+func sysProcAttr() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
+
+func (c *child) run(attr *syscall.ProcAttr, result chan<- error) {
+	pid, err := syscall.ForkExec(c.path, []string{c.path}, attr)
+	if err != nil {
+		result <- fmt.Errorf("start: %w", err)
+		return
+	}
+	c.mu.Lock()
+	c.id = pid
+	c.mu.Unlock()
+	result <- nil
+	c.wait()
+}
+
+// awaitExit polls, because waiting without reaping is not portable, and a
+// process id must not be signalled after it was reaped.
+func awaitExit(int) {}

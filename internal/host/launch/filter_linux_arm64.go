@@ -1,0 +1,4 @@
+package launch
+
+// refusedHere are system calls that other architectures do not have: none.
+var refusedHere []uint32

@@ -1,0 +1,9 @@
+//go:build linux && !amd64 && !arm64
+
+package launch
+
+import "github.com/instar-img/instar/internal/confine"
+
+// confineCalls does nothing: system call numbers of this architecture are not
+// known here.
+func confineCalls() error { return confine.ErrUnavailable }

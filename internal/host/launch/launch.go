@@ -1,0 +1,308 @@
+// Package launch starts a format plugin in its sandbox, connects to it, passes
+// it open files and ends it.
+package launch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/rpc"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/go-plugin"
+	"github.com/hashicorp/go-plugin/runner"
+	"google.golang.org/grpc"
+
+	"os/exec"
+
+	"github.com/instar-img/instar/internal/host/discover"
+	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/handshake"
+)
+
+// Limits of a plugin's process. Zero means no limit of ours.
+type Limits struct {
+	MemoryBytes int64 // of heap and other private memory
+	CPUSeconds  int64
+	Files       int64 // open descriptors; 0: 1024
+}
+
+// Options says how to start a plugin.
+type Options struct {
+	// Logger takes go-plugin's messages and the plugin's. Nil discards them.
+	Logger hclog.Logger
+	Limits Limits
+	// Require makes it an error when the kernel lacks a part of the sandbox.
+	// INSTAR_SANDBOX=require does the same.
+	Require bool
+	// Stderr also gets what the plugin writes there. Nil discards it.
+	Stderr io.Writer
+	// StartTimeout bounds the time until the plugin can be connected to; 0: 20 s.
+	StartTimeout time.Duration
+}
+
+const (
+	defaultFiles        = 1024
+	defaultStartTimeout = 20 * time.Second
+)
+
+// Process is a running plugin.
+type Process struct {
+	plugin *discover.Plugin
+	dir    *socketDir
+	child  *child
+	conn   *grpc.ClientConn
+	major  int
+
+	tickets  ticketCounter
+	killOnce sync.Once
+}
+
+// Start starts a plugin and connects to it. The end of ctx ends the start, not
+// the plugin: that is Kill's.
+func Start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error) {
+	if o.Logger == nil {
+		o.Logger = hclog.NewNullLogger()
+	}
+	if o.StartTimeout == 0 {
+		o.StartTimeout = defaultStartTimeout
+	}
+	if o.Limits.Files == 0 {
+		o.Limits.Files = defaultFiles
+	}
+	if !speaks(p.Manifest.Protocols) {
+		return nil, protocolError(p, fmt.Sprint(p.Manifest.Protocols))
+	}
+	proc, err := start(ctx, p, o)
+	if err != nil {
+		return nil, fmt.Errorf("plugin %s (%s): %w", p.Manifest.Name, p.Path, err)
+	}
+	return proc, nil
+}
+
+func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error) {
+	mode, err := sandboxMode(o.Require)
+	if err != nil {
+		return nil, err
+	}
+	if mode == sandboxOff {
+		o.Logger.Warn("plugin runs without a sandbox", "reason", SandboxVariable+"=off")
+	} else if missing := Effective().Missing(); len(missing) > 0 {
+		if mode == sandboxRequired {
+			return nil, fmt.Errorf("the sandbox is required, and this kernel lacks %s", strings.Join(missing, ", "))
+		}
+		o.Logger.Warn("plugin sandbox is incomplete", "missing", missing)
+	}
+	dir, err := newSocketDir()
+	if err != nil {
+		return nil, err
+	}
+	proc := &Process{plugin: p, dir: dir}
+	client := plugin.NewClient(&plugin.ClientConfig{
+		HandshakeConfig: plugin.HandshakeConfig{
+			MagicCookieKey:   handshake.MagicCookieKey,
+			MagicCookieValue: handshake.MagicCookieValue,
+		},
+		VersionedPlugins: map[int]plugin.PluginSet{
+			sdk.Protocol: {handshake.PluginName: &connPlugin{}},
+		},
+		AllowedProtocols: []plugin.Protocol{plugin.ProtocolGRPC},
+		Logger:           o.Logger,
+		Stderr:           o.Stderr,
+		SkipHostEnv:      true,
+		StartTimeout:     o.StartTimeout,
+		UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: dir.path},
+		RunnerFunc: func(l hclog.Logger, cmd *exec.Cmd, socketDir string) (runner.Runner, error) {
+			env := cmd.Env
+			if level := l.GetLevel(); level != hclog.Off && level != hclog.NoLevel {
+				env = append(env, handshake.LogLevelKey+"="+level.String())
+			}
+			if o.Limits.MemoryBytes > 0 {
+				// Nine tenths, so that the collector works before the limit strikes.
+				env = append(env, "GOMEMLIMIT="+strconv.FormatInt(o.Limits.MemoryBytes/10*9, 10))
+			}
+			proc.child = &child{
+				path: p.Path, env: env, limits: o.Limits, socketDir: socketDir,
+				roots: p.Manifest.RuntimeRoots, confined: mode != sandboxOff,
+				required: mode == sandboxRequired, started: dir.sweepOnce,
+			}
+			return &childRunner{child: proc.child}, nil
+		},
+	})
+	stop := context.AfterFunc(ctx, proc.Kill)
+	err = proc.connect(client)
+	if !stop() && err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		proc.Kill()
+		if ctx.Err() != nil {
+			err = ctx.Err()
+		}
+		return nil, err
+	}
+	return proc, nil
+}
+
+// connect starts the program and dials its socket.
+func (p *Process) connect(client *plugin.Client) error {
+	if _, err := client.Start(); err != nil {
+		return p.startError(err)
+	}
+	p.major = client.NegotiatedVersion()
+	protocol, err := client.Client()
+	if err != nil {
+		return p.startError(err)
+	}
+	conn, err := protocol.Dispense(handshake.PluginName)
+	if err != nil {
+		return p.startError(err)
+	}
+	p.conn = conn.(*grpc.ClientConn)
+	return nil
+}
+
+// startError turns go-plugin's many-line advice into one line with what the
+// program did.
+func (p *Process) startError(err error) error {
+	if p.child == nil || p.child.pid() == 0 {
+		return err
+	}
+	p.child.kill()
+	if line := p.child.firstLine(); line != "" {
+		parts := strings.Split(line, "|")
+		if len(parts) < 4 {
+			return fmt.Errorf("not a plugin: it printed %q", line)
+		}
+		if major, convErr := strconv.Atoi(parts[1]); convErr == nil && !speaks([]int{major}) {
+			return protocolError(p.plugin, parts[1])
+		}
+		return errors.New(strings.Join(strings.Fields(err.Error()), " "))
+	}
+	if exit := p.ExitError(); exit != nil && !p.child.killedByUs() {
+		return exit
+	}
+	return errors.New(strings.Join(strings.Fields(err.Error()), " "))
+}
+
+// ProtocolError reports a plugin that speaks no protocol major that the core
+// speaks.
+type ProtocolError struct {
+	Plugin string // format name
+	Path   string
+	Speaks string // its majors
+}
+
+func (e *ProtocolError) Error() string {
+	return fmt.Sprintf("plugin %s (%s) speaks protocol %s, this instar speaks %d", e.Plugin, e.Path, e.Speaks, sdk.Protocol)
+}
+
+func protocolError(p *discover.Plugin, speaks string) error {
+	return &ProtocolError{Plugin: p.Manifest.Name, Path: p.Path, Speaks: strings.Trim(speaks, "[]")}
+}
+
+func speaks(majors []int) bool {
+	for _, m := range majors {
+		if m == sdk.Protocol {
+			return true
+		}
+	}
+	return false
+}
+
+// Plugin returns what was started.
+func (p *Process) Plugin() *discover.Plugin { return p.plugin }
+
+// Protocol returns the protocol major agreed on.
+func (p *Process) Protocol() int { return p.major }
+
+// Conn returns the connection to the plugin.
+func (p *Process) Conn() grpc.ClientConnInterface { return p.conn }
+
+// SendFile passes an open file to the plugin and returns the ticket by which
+// requests name it. The caller keeps its own descriptor.
+func (p *Process) SendFile(f *os.File) (ticket uint32, err error) {
+	ticket = p.tickets.next()
+	if err := p.child.sendFile(ticket, f); err != nil {
+		if exit := p.exitErrorSoon(); exit != nil {
+			return 0, exit
+		}
+		return 0, fmt.Errorf("plugin %s: pass %s: %w", p.plugin.Manifest.Name, f.Name(), err)
+	}
+	return ticket, nil
+}
+
+// Kill ends the plugin and removes its socket directory. It does not wait for
+// the kernel to be done with the process; Done does.
+func (p *Process) Kill() {
+	p.killOnce.Do(func() {
+		if p.child != nil {
+			p.child.kill()
+		}
+		p.dir.remove()
+		if p.conn != nil {
+			p.conn.Close()
+		}
+	})
+}
+
+// Done is closed when the plugin's process has ended.
+func (p *Process) Done() <-chan struct{} { return p.child.done }
+
+// ExitError says how the process ended, with the last that it wrote to stderr.
+// It is nil while the process runs.
+func (p *Process) ExitError() error {
+	select {
+	case <-p.child.done:
+		return p.child.exitError(p.plugin.Manifest.Name)
+	default:
+		return nil
+	}
+}
+
+// exitErrorSoon is ExitError for a caller who has reason to believe that the
+// process is about to end.
+func (p *Process) exitErrorSoon() error {
+	select {
+	case <-p.child.done:
+	case <-time.After(500 * time.Millisecond):
+	}
+	return p.ExitError()
+}
+
+// Explain returns the cause of a failed request: where the plugin died (or is
+// dying) how it ended, else err itself.
+func (p *Process) Explain(err error) error {
+	if err == nil {
+		return nil
+	}
+	if exit := p.exitErrorSoon(); exit != nil {
+		return exit
+	}
+	return err
+}
+
+// connPlugin hands out go-plugin's connection as it is.
+type connPlugin struct{}
+
+func (*connPlugin) GRPCServer(*plugin.GRPCBroker, *grpc.Server) error {
+	return errors.New("the core serves no format")
+}
+
+func (*connPlugin) GRPCClient(_ context.Context, _ *plugin.GRPCBroker, conn *grpc.ClientConn) (any, error) {
+	return conn, nil
+}
+
+func (*connPlugin) Server(*plugin.MuxBroker) (any, error) {
+	return nil, errors.New("gRPC only")
+}
+
+func (*connPlugin) Client(*plugin.MuxBroker, *rpc.Client) (any, error) {
+	return nil, errors.New("gRPC only")
+}

@@ -1,0 +1,58 @@
+package launch
+
+import (
+	"fmt"
+	"path/filepath"
+
+	"github.com/instar-img/instar/internal/confine"
+)
+
+// Effective describes the sandbox that the running kernel gives.
+func Effective() Sandbox {
+	s := Sandbox{System: "linux", LandlockABI: confine.LandlockABI(), Seccomp: confine.HasSeccomp()}
+	s.SecondLock = s.Seccomp || s.LandlockABI > 0
+	return s
+}
+
+// confine restricts the calling thread and what it starts to what a plugin
+// needs before its SDK takes the second lock, or has for life without our SDK.
+func (c *child) confine() error {
+	if err := confine.NoNewPrivs(); err != nil {
+		return err
+	}
+	if confine.LandlockABI() > 0 {
+		if err := c.confineFiles(); err != nil {
+			return err
+		}
+	}
+	if confine.HasSeccomp() {
+		if err := confineCalls(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *child) confineFiles() error {
+	rules, err := confine.NewRuleset()
+	if err != nil {
+		return err
+	}
+	defer rules.Close()
+	program, err := filepath.EvalSymlinks(c.path)
+	if err != nil {
+		return fmt.Errorf("sandbox: %w", err)
+	}
+	if err := rules.Allow(program, confine.Execute); err != nil {
+		return err
+	}
+	if err := rules.Allow(c.socketDir, confine.Sockets); err != nil {
+		return err
+	}
+	for _, root := range c.roots {
+		if err := rules.Allow(root, confine.ReadTree); err != nil {
+			return err
+		}
+	}
+	return rules.RestrictThread()
+}

@@ -1,0 +1,8 @@
+//go:build unix && !linux
+
+package launch
+
+import "runtime"
+
+// Effective describes the sandbox of this system: none.
+func Effective() Sandbox { return Sandbox{System: runtime.GOOS} }

@@ -1,0 +1,157 @@
+package launch
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// Each plugin has a directory of its own for its socket:
+//
+//	BASE/instar-UID/PID-N
+//
+// BASE is $XDG_RUNTIME_DIR, the temporary directory or /tmp. Its owner keeps a
+// lock on it, so that a later run can tell what a killed one left behind from
+// what another running one uses, also across process id namespaces.
+type socketDir struct {
+	base string
+	path string
+	lock *os.File
+}
+
+// maxSocketPath is the room in sockaddr_un, less what go-plugin appends
+// ("/plugin-dir0123456789/plugin0123456789") and the terminating zero.
+const maxSocketPath = 104 - 40
+
+var socketDirs atomic.Int32
+
+func newSocketDir() (*socketDir, error) {
+	var errs []error
+	for _, base := range baseDirs() {
+		d, err := newSocketDirIn(base)
+		if err == nil {
+			return d, nil
+		}
+		errs = append(errs, err)
+	}
+	return nil, fmt.Errorf("directory for the plugin's socket: %w", errors.Join(errs...))
+}
+
+func baseDirs() []string {
+	name := "instar-" + strconv.Itoa(os.Geteuid())
+	var dirs []string
+	for _, parent := range []string{os.Getenv("XDG_RUNTIME_DIR"), os.TempDir(), "/tmp"} {
+		if !filepath.IsAbs(parent) || len(parent)+len(name)+24 > maxSocketPath {
+			continue
+		}
+		dir := filepath.Join(parent, name)
+		if len(dirs) == 0 || dirs[len(dirs)-1] != dir {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
+}
+
+func newSocketDirIn(base string) (*socketDir, error) {
+	path := filepath.Join(base, strconv.Itoa(os.Getpid())+"-"+strconv.Itoa(int(socketDirs.Add(1))))
+	// Another run may remove an empty base directory between the two calls.
+	for try := 0; ; try++ {
+		if err := os.Mkdir(base, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, err
+		}
+		if err := ownAndPrivate(base); err != nil {
+			if errors.Is(err, fs.ErrNotExist) && try < 10 {
+				continue
+			}
+			return nil, err
+		}
+		err := os.Mkdir(path, 0o700)
+		if err == nil {
+			break
+		}
+		if errors.Is(err, fs.ErrExist) {
+			// Left by a dead process with our process id.
+			if err := os.RemoveAll(path); err != nil {
+				return nil, err
+			}
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		if try >= 10 {
+			return nil, err
+		}
+	}
+	lock, err := lockDir(path)
+	if err != nil {
+		os.RemoveAll(path)
+		return nil, err
+	}
+	return &socketDir{base: base, path: path, lock: lock}, nil
+}
+
+// ownAndPrivate refuses a directory that somebody else made in a shared
+// temporary directory.
+func ownAndPrivate(dir string) error {
+	var st unix.Stat_t
+	if err := unix.Lstat(dir, &st); err != nil {
+		return &fs.PathError{Op: "lstat", Path: dir, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Geteuid() || st.Mode&0o077 != 0 {
+		return fmt.Errorf("%s: not a private directory of user %d", dir, os.Geteuid())
+	}
+	return nil
+}
+
+func lockDir(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, &fs.PathError{Op: "flock", Path: path, Err: err}
+	}
+	return f, nil
+}
+
+func (d *socketDir) remove() {
+	os.RemoveAll(d.path)
+	d.lock.Close()
+	os.Remove(d.base) // fails, as it should, while others use it
+}
+
+var swept sync.Once
+
+// sweepOnce removes the directories of dead runs, once in a process.
+func (d *socketDir) sweepOnce() { swept.Do(func() { sweep(d.base) }) }
+
+func sweep(base string) {
+	f, err := os.Open(base)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	names, _ := f.Readdirnames(-1)
+	for _, name := range names {
+		owner, _, _ := strings.Cut(name, "-")
+		pid, err := strconv.Atoi(owner)
+		if err != nil || pid == os.Getpid() || unix.Kill(pid, 0) != unix.ESRCH {
+			continue
+		}
+		path := filepath.Join(base, name)
+		lock, err := lockDir(path)
+		if err != nil {
+			continue
+		}
+		os.RemoveAll(path)
+		lock.Close()
+	}
+}

@@ -1,0 +1,25 @@
+// Package handshake holds what the core and a plugin must agree on before the
+// first request: go-plugin's cookie, the name under which the format is
+// dispensed, and what a plugin inherits.
+package handshake
+
+const (
+	// MagicCookieKey and MagicCookieValue tell a plugin that the core started it.
+	MagicCookieKey   = "INSTAR_FORMAT_PLUGIN"
+	MagicCookieValue = "7c1f7e0d-instar-format"
+
+	// PluginName is the name of the one plugin in each go-plugin set.
+	PluginName = "format"
+
+	// DescriptorFD is the inherited socket over which the core passes open
+	// files. Its end of file means that the core is gone.
+	DescriptorFD = 3
+
+	// LogLevelKey is the environment variable with the level, in hclog's words,
+	// below which a plugin need not log. Unset means off.
+	LogLevelKey = "INSTAR_LOG"
+)
+
+// TicketSize is the length of a message on the descriptor socket: the ticket
+// number in little-endian order, with one descriptor attached.
+const TicketSize = 4

@@ -1,0 +1,7 @@
+//go:build linux && !amd64 && !arm64
+
+package lock
+
+import "github.com/instar-img/instar/internal/confine"
+
+func engageSeccomp() error { return confine.ErrUnavailable }

@@ -1,0 +1,51 @@
+package lock
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/instar-img/instar/internal/confine"
+)
+
+// Engage locks all threads of the process: no file system, no new programs,
+// processes or sockets, no other processes. What stays are descriptors that are
+// open or are passed in, and memory. It must be called once the server listens,
+// and there is no way back.
+func Engage() error {
+	var missing []error
+	if err := confine.NoNewPrivsAll(); err != nil {
+		return unavailable(err)
+	}
+	if err := engageLandlock(); err != nil {
+		if !errors.Is(err, confine.ErrUnavailable) {
+			return err
+		}
+		missing = append(missing, err)
+	}
+	if err := engageSeccomp(); err != nil {
+		if !errors.Is(err, confine.ErrUnavailable) {
+			return err
+		}
+		missing = append(missing, err)
+	}
+	if len(missing) > 0 {
+		return unavailable(errors.Join(missing...))
+	}
+	return nil
+}
+
+func unavailable(err error) error {
+	if errors.Is(err, confine.ErrUnavailable) {
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	return err
+}
+
+func engageLandlock() error {
+	rules, err := confine.NewRuleset()
+	if err != nil {
+		return err
+	}
+	defer rules.Close()
+	return rules.RestrictAll()
+}

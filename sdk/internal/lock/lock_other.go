@@ -1,0 +1,6 @@
+//go:build !linux
+
+package lock
+
+// Engage returns ErrUnavailable.
+func Engage() error { return ErrUnavailable }
