@@ -21,7 +21,7 @@ export CGO_ENABLED := 0
 export GOFLAGS     := -tags=grpcnotrace -trimpath -buildvcs=false
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
-PLUGIN_DIRS := $(wildcard plugins/*/instar-format-*)
+PLUGIN_DIRS := $(patsubst %/main.go,%,$(wildcard plugins/*/instar-format-*/main.go))
 PLUGINS     := $(notdir $(PLUGIN_DIRS))
 PROGRAMS    := $(wildcard ./cmd/instar) $(addprefix ./,$(PLUGIN_DIRS))
 PLATFORMS   := linux/amd64 linux/arm64 darwin/arm64
