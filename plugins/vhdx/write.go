@@ -1,0 +1,474 @@
+package vhdx
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+
+	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/ondisk"
+)
+
+// writer is the state of writing into an image.
+//
+// New blocks go to the end of the file, where no table refers to them. Finish
+// writes the table: into an image that held no blocks straight away, otherwise
+// through the log, so that a crash leaves the old table or the new one.
+type writer struct {
+	mu    sync.Mutex
+	begun bool
+	fresh bool // no block was present
+	ids   guids
+	// touched: the headers say that the content changes.
+	touched bool
+	// end is where the next block goes; bounded, where not 0, by a device's size.
+	end, capacity int64
+	grow          bool // the file's length is ours to set
+	// natural is where block 0 of a fixed image lies whose blocks have their
+	// place in the file but not in the table; -1 elsewhere.
+	natural int64
+	// pages are the sectors of the table that change, by index.
+	pages map[int64]*page
+}
+
+const pageEntries = sectorSize / entrySize
+
+type page struct {
+	entries [pageEntries]batEntry
+	changed bool
+}
+
+var errNotWriting = fmt.Errorf("write: not begun: %w", sdk.ErrInvalid)
+
+// BeginWrite implements sdk.Writer.
+func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.WriteInfo, error) {
+	w := &img.writer
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.begun:
+		return sdk.WriteInfo{}, fmt.Errorf("write: begun already: %w", sdk.ErrInvalid)
+	case !img.req.ReadWrite:
+		return sdk.WriteInfo{}, fmt.Errorf("write: the file was opened for reading: %w", sdk.ErrReadOnly)
+	case req.Compressed:
+		return sdk.WriteInfo{}, fmt.Errorf("write: VHDX holds no compressed blocks: %w", sdk.ErrUnsupported)
+	case img.bat.start%sectorSize != 0 || img.bat.end%sectorSize != 0:
+		return sdk.WriteInfo{}, fmt.Errorf("write: bat from %#x to %#x, want multiples of 4096: %w", img.bat.start, img.bat.end, sdk.ErrReadOnly)
+	}
+	w.ids = guids{}
+	if req.Reproducible {
+		h := img.headers.get()
+		w.ids.seed = append(h.fileWrite[:], h.dataWrite[:]...)
+	}
+	if err := img.file.replay(ctx, &img.headers, &w.ids); err != nil {
+		return sdk.WriteInfo{}, err
+	}
+	// Blocks must not be shared before what they hold is superseded.
+	end, present, err := img.used(ctx)
+	if err != nil {
+		return sdk.WriteInfo{}, err
+	}
+	w.fresh = !present
+	w.pages = map[int64]*page{}
+	w.natural = -1
+	size := img.file.fileSize
+	// A device keeps its size, and its end says nothing.
+	w.grow = img.file.File.Truncate(size) == nil
+	if w.grow {
+		w.end = max(end, ondisk.DivUp(size, mib)*mib)
+		if start := size - img.geo.virtualSize; img.fixed() && w.fresh && start >= end && start%mib == 0 {
+			w.natural = start
+		}
+	} else {
+		w.end = end
+		if w.fresh {
+			w.end = max(end, img.bat.end+dataGap)
+		}
+		w.capacity = size
+	}
+	w.begun = true
+	return sdk.WriteInfo{Unit: img.geo.blockSize, ReadsZero: w.fresh && !img.geo.parent}, nil
+}
+
+func (img *image) fixed() bool {
+	return img.params.flags&(leaveBlocksAllocated|hasParent) == leaveBlocksAllocated
+}
+
+// used returns the end of the last structure and of the last block, and whether
+// there is a block at all. It refuses tables into which nothing should be added.
+func (img *image) used(ctx context.Context) (end int64, present bool, err error) {
+	end = headerSectionEnd
+	for _, s := range img.regions {
+		end = max(end, s.end)
+	}
+	err = eachEntry(ctx, img.file, img.bat.start, 0, img.geo.entries, func(i int64, e batEntry) (bool, error) {
+		length := img.geo.blockSize
+		if _, payload := img.geo.block(i); !payload {
+			length = bitmapSize
+		}
+		// A block that is not present may have kept its place.
+		off, ok := ondisk.Int64(e.offset())
+		if ok {
+			off, ok = ondisk.Add(off, length)
+		}
+		if !ok || off > maxFileSize {
+			if !e.present() {
+				return true, nil
+			}
+			return false, fmt.Errorf("bat[%d]: block at %#x: %w", i, e.offset(), sdk.ErrCorrupt)
+		}
+		if e.offset() != 0 && e.state() != blockZero && e.state() != blockNotPresent {
+			end = max(end, off)
+		}
+		present = present || e.present()
+		return true, nil
+	})
+	return end, present, err
+}
+
+// touch marks the image as changed before the first change of guest bytes.
+func (img *image) touch() error {
+	w := &img.writer
+	if w.touched {
+		return nil
+	}
+	session, err := w.ids.next()
+	if err != nil {
+		return err
+	}
+	data, err := w.ids.next()
+	if err != nil {
+		return err
+	}
+	err = img.headers.update(img.file.File, !w.fresh, func(h *header) { h.fileWrite, h.dataWrite = session, data })
+	w.touched = err == nil
+	return err
+}
+
+// entry returns a page of the table that will be written, and the place of an
+// entry in it.
+func (img *image) entry(index int64) (*page, *batEntry, error) {
+	w := &img.writer
+	n := index / pageEntries
+	p := w.pages[n]
+	if p == nil {
+		var b [sectorSize]byte
+		if _, err := img.file.ReadAt(b[:], img.bat.start+n*sectorSize); err != nil {
+			return nil, nil, fmt.Errorf("bat[%d]: %w", n*pageEntries, err)
+		}
+		p = &page{}
+		for i := range p.entries {
+			p.entries[i] = batEntry(binary.LittleEndian.Uint64(b[i*entrySize:]))
+		}
+		w.pages[n] = p
+	}
+	return p, &p.entries[index%pageEntries], nil
+}
+
+func (img *image) checkRun(r sdk.Run) error {
+	g := &img.geo
+	if !ondisk.Within(r.Offset, r.Length, g.virtualSize) || r.Offset%g.blockSize != 0 ||
+		r.Length%g.blockSize != 0 && r.Offset+r.Length != g.virtualSize {
+		return fmt.Errorf("write: %#x bytes at %#x are not whole blocks of %#x: %w", r.Length, r.Offset, g.blockSize, sdk.ErrInvalid)
+	}
+	return nil
+}
+
+// Place implements sdk.Writer.
+func (img *image) Place(ctx context.Context, runs []sdk.Run) ([]sdk.Placement, error) {
+	w := &img.writer
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.begun {
+		return nil, errNotWriting
+	}
+	if err := img.touch(); err != nil {
+		return nil, err
+	}
+	g := &img.geo
+	var places []sdk.Placement
+	before := w.end
+	for _, r := range runs {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if err := img.checkRun(r); err != nil {
+			return nil, err
+		}
+		for off := r.Offset; off < r.Offset+r.Length; off += g.blockSize {
+			host, err := img.placeBlock(off / g.blockSize)
+			if err != nil {
+				return nil, err
+			}
+			n := min(g.blockSize, r.Offset+r.Length-off)
+			if last := len(places) - 1; last >= 0 && places[last].Offset+places[last].Length == off && places[last].HostOffset+places[last].Length == host {
+				places[last].Length += n
+				continue
+			}
+			places = append(places, sdk.Placement{Offset: off, Length: n, HostOffset: host})
+		}
+	}
+	if w.grow && w.end > before {
+		// Whole blocks, whatever of them is written: readers expect them.
+		if err := img.file.File.Truncate(w.end); err != nil {
+			return nil, fmt.Errorf("write: extend the file to %#x: %w", w.end, err)
+		}
+		img.setSize(w.end)
+	}
+	return places, nil
+}
+
+func (img *image) setSize(size int64) {
+	img.file.mu.Lock()
+	defer img.file.mu.Unlock()
+	img.file.fileSize, img.file.size = size, size
+}
+
+func (img *image) placeBlock(block int64) (int64, error) {
+	w := &img.writer
+	g := &img.geo
+	p, e, err := img.entry(g.index(block))
+	if err != nil {
+		return 0, err
+	}
+	host := int64(e.offset())
+	switch {
+	case e.state() == blockFullyPresent:
+		return host, nil
+	case e.state() == blockPartiallyPresent && g.parent:
+		// All of the block will be here: its bitmap no longer counts.
+	case w.natural >= 0:
+		host = w.natural + block*g.blockSize
+	default:
+		host = w.end
+		end, ok := ondisk.Add(host, g.blockSize)
+		if !ok || w.capacity > 0 && end > w.capacity {
+			return 0, fmt.Errorf("write: no room for block %d at %#x of %#x: %w", block, host, w.capacity, sdk.ErrTooBig)
+		}
+		w.end = end
+	}
+	*e = makeEntry(blockFullyPresent, host)
+	p.changed = true
+	return host, nil
+}
+
+// Zero implements sdk.Writer.
+func (img *image) Zero(ctx context.Context, runs []sdk.Run) error {
+	w := &img.writer
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.begun {
+		return errNotWriting
+	}
+	g := &img.geo
+	for _, r := range runs {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := img.checkRun(r); err != nil {
+			return err
+		}
+		for off := r.Offset; off < r.Offset+r.Length; off += g.blockSize {
+			if err := img.zeroBlock(ctx, off/g.blockSize); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (img *image) zeroBlock(ctx context.Context, block int64) error {
+	g := &img.geo
+	p, e, err := img.entry(g.index(block))
+	if err != nil {
+		return err
+	}
+	switch {
+	case e.state() == blockZero || e.state() == blockNotPresent && !g.parent:
+		return nil
+	case e.state() == blockFullyPresent && img.fixed():
+		// The blocks of a fixed image stay allocated.
+		return img.zeroBytes(ctx, int64(e.offset()), g.length(block))
+	}
+	if err := img.touch(); err != nil {
+		return err
+	}
+	*e = makeEntry(blockZero, 0)
+	p.changed = true
+	return nil
+}
+
+// zeroBytes makes bytes of the file zero, and writes only those that are not.
+func (img *image) zeroBytes(ctx context.Context, off, n int64) error {
+	f := img.file.File
+	buf, zeros := make([]byte, mib), make([]byte, mib)
+	for n > 0 {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		part := min(n, mib)
+		m, err := f.ReadAt(buf[:part], off)
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		if string(buf[:m]) != string(zeros[:m]) {
+			if err := img.touch(); err != nil {
+				return err
+			}
+			if _, err := f.WriteAt(zeros[:m], off); err != nil {
+				return err
+			}
+		}
+		off, n = off+part, n-part
+	}
+	return nil
+}
+
+// Encode implements sdk.Writer.
+func (*image) Encode(context.Context, []sdk.Unit) error {
+	return fmt.Errorf("write: VHDX holds no compressed blocks: %w", sdk.ErrUnsupported)
+}
+
+// Finish implements sdk.Writer.
+func (img *image) Finish(ctx context.Context) error {
+	w := &img.writer
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.begun {
+		return errNotWriting
+	}
+	w.begun = false
+	if w.natural >= 0 && w.touched {
+		// The last block of a fixed image is whole too.
+		end := w.natural + img.geo.blocks*img.geo.blockSize
+		if end > img.file.fileSize {
+			if err := img.file.File.Truncate(end); err != nil {
+				return err
+			}
+			img.setSize(end)
+		}
+	}
+	var changed []int64
+	for n, p := range w.pages {
+		if p.changed {
+			changed = append(changed, n)
+		}
+	}
+	slices.Sort(changed)
+	if len(changed) == 0 {
+		return nil
+	}
+	if w.fresh {
+		return img.writePages(ctx, changed)
+	}
+	if err := img.file.Sync(); err != nil {
+		return err
+	}
+	for len(changed) > 0 {
+		batch := changed[:min(len(changed), logBatch)]
+		changed = changed[len(batch):]
+		if err := img.logPages(ctx, batch); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// logBatch is how many sectors of the table go into one entry of the log: as
+// many as fit into the smallest log.
+const logBatch = 253
+
+// pageBytes returns a page as it is stored.
+func (img *image) pageBytes(n int64) []byte {
+	b := make([]byte, 0, sectorSize)
+	for _, e := range img.writer.pages[n].entries {
+		b = binary.LittleEndian.AppendUint64(b, uint64(e))
+	}
+	return b
+}
+
+// writePages writes pages of the table to their place, neighbours together.
+func (img *image) writePages(ctx context.Context, pages []int64) error {
+	var buf []byte
+	first := int64(0)
+	flush := func() error {
+		if len(buf) == 0 {
+			return nil
+		}
+		_, err := img.file.WriteAt(buf, img.bat.start+first*sectorSize)
+		buf = buf[:0]
+		return err
+	}
+	for i, n := range pages {
+		if i > 0 && pages[i-1] != n-1 || len(buf) >= mib {
+			if err := flush(); err != nil {
+				return err
+			}
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+		}
+		if len(buf) == 0 {
+			first = n
+		}
+		buf = append(buf, img.pageBytes(n)...)
+	}
+	return flush()
+}
+
+// logPages changes pages of the table at once: they are in the log, stable,
+// before the first of them is touched.
+func (img *image) logPages(ctx context.Context, pages []int64) error {
+	f := img.file.File
+	h := img.headers.get()
+	logID, err := img.writer.ids.next()
+	if err != nil {
+		return err
+	}
+	entry := logHeader{
+		sequence:    1,
+		descriptors: uint32(len(pages)),
+		log:         logID,
+		flushed:     uint64(img.file.fileSize / mib * mib),
+		last:        uint64(ondisk.DivUp(img.file.fileSize, mib) * mib),
+	}
+	entry.length = uint32((entry.descriptorSectors() + int64(len(pages))) * sectorSize)
+	if entry.length > h.logLength {
+		return fmt.Errorf("write: log of %#x bytes, want %#x: %w", h.logLength, entry.length, sdk.ErrReadOnly)
+	}
+	var data []byte
+	b := entry.append(nil)
+	for _, n := range pages {
+		sector := img.pageBytes(n)
+		d := logDescriptor{offset: uint64(img.bat.start + n*sectorSize), sequence: entry.sequence}
+		copy(d.leading[:], sector)
+		copy(d.trailing[:], sector[sectorSize-4:])
+		b = d.append(b)
+		data = appendDataSector(data, sector, entry.sequence)
+	}
+	b = append(b, make([]byte, entry.descriptorSectors()*sectorSize-int64(len(b)))...)
+	b = append(b, data...)
+	seal(b)
+	// The entry first: with the id that it carries it counts only once the header
+	// has that too.
+	if _, err := f.WriteAt(b, int64(h.logOffset)); err != nil {
+		return fmt.Errorf("write: log: %w", err)
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := img.headers.update(f, true, func(h *header) { h.log = logID }); err != nil {
+		return err
+	}
+	if err := img.writePages(ctx, pages); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return img.headers.update(f, true, func(h *header) { h.log = noGUID })
+}
