@@ -137,6 +137,37 @@ func (v Values) StringOr(key, def string) string {
 	return def
 }
 
+// WithSize returns v with the key of type Size set to n, as if the user had
+// given it, in its place in the schema's order.
+func (s Schema) WithSize(v Values, key string, n uint64) Values {
+	set := Value{Key: key, Type: Size, Uint: n, Set: true}
+	out := make(Values, 0, len(v)+1)
+	place := s.index(key)
+	for _, x := range v {
+		if place >= 0 && s.index(x.Key) > place {
+			out = append(out, set)
+			place = -1
+		}
+		if x.Key != key {
+			out = append(out, x)
+		}
+	}
+	if place >= 0 {
+		out = append(out, set)
+	}
+	return out
+}
+
+// index returns the position of the key for name, -1 where there is none.
+func (s Schema) index(name string) int {
+	for i := range s {
+		if s[i].Matches(name) {
+			return i
+		}
+	}
+	return -1
+}
+
 // IsSet reports whether the user gave the key.
 func (v Values) IsSet(key string) bool {
 	x, ok := v.Lookup(key)

@@ -11,24 +11,29 @@ import (
 type Match struct {
 	Plugin *Plugin
 	Score  int
+	// Fallback: only a probe without bytes fits, as it fits any file.
+	Fallback bool
 }
 
 // Match returns the plugins whose probes fit, the highest score first, each
 // once with its best score. head holds the first bytes of the file, tail its
 // last, as many as were read; size is the file's length. Probes that reach
-// beyond what was read do not fit. The fallback format is last.
+// beyond what was read do not fit. Matches below the fallback's are formats that
+// the content also fits, and that are never chosen for it.
 func (s *Set) Match(head, tail []byte, size int64) []Match {
 	var matches []Match
 	for _, p := range s.plugins {
-		best := 0
+		best, fallback := -1, true
 		for i := range p.Manifest.Probes {
 			probe := &p.Manifest.Probes[i]
-			if probe.Score > best && fits(probe, head, tail, size) {
-				best = probe.Score
+			if !fits(probe, head, tail, size) {
+				continue
 			}
+			best = max(best, probe.Score)
+			fallback = fallback && probe.Bytes == ""
 		}
-		if best > 0 {
-			matches = append(matches, Match{Plugin: p, Score: best})
+		if best >= 0 {
+			matches = append(matches, Match{Plugin: p, Score: best, Fallback: fallback})
 		}
 	}
 	sort.SliceStable(matches, func(i, j int) bool { return matches[i].Score > matches[j].Score })

@@ -1,0 +1,148 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/instar-img/instar/internal/host/discover"
+	"github.com/instar-img/instar/internal/host/errno"
+	"github.com/instar-img/instar/internal/host/gate"
+	"github.com/instar-img/instar/internal/host/image"
+	"github.com/instar-img/instar/internal/host/launch"
+	"github.com/instar-img/instar/internal/host/session"
+)
+
+// app is what the verbs share: how they were called, and the session.
+//
+// Output rules: results go to out, errors and nothing else to err; colour and
+// bars only on a terminal; what -v adds goes to err.
+type app struct {
+	name    string // under which the program was called: instar, or qemu-img
+	out     io.Writer
+	err     io.Writer
+	verbose bool
+
+	current *session.Session
+}
+
+// qemuImg reports whether the program stands in for qemu-img.
+func (a *app) qemuImg() bool { return a.name == "qemu-img" }
+
+// usageError is an error in the command line itself.
+type usageError struct{ text string }
+
+func (e *usageError) Error() string { return e.text }
+
+func usagef(format string, args ...any) error { return &usageError{fmt.Sprintf(format, args...)} }
+
+// exitCode ends the program with a code; nothing more is printed.
+type exitCode int
+
+func (e exitCode) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
+
+// exit returns the exit code and the message for an error of a command.
+func (a *app) exit(ctx context.Context, err error) (int, string) {
+	var code exitCode
+	if errors.As(err, &code) {
+		return int(code), ""
+	}
+	var usage *usageError
+	if errors.As(err, &usage) {
+		return 1, fmt.Sprintf("%s\nTry '%s --help' for more information", usage.text, a.name)
+	}
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		return 130, "interrupted"
+	}
+	return 1, errno.Text(err)
+}
+
+// logf prints a line for -v.
+func (a *app) logf(format string, args ...any) {
+	if a.verbose {
+		fmt.Fprintf(a.err, a.name+": "+format+"\n", args...)
+	}
+}
+
+// logger returns where plugins' logs go: nowhere, unless -v or INSTAR_LOG asks.
+func (a *app) logger() hclog.Logger {
+	level := hclog.LevelFromString(os.Getenv("INSTAR_LOG"))
+	if level == hclog.NoLevel && a.verbose {
+		level = hclog.Info
+	}
+	if level == hclog.NoLevel {
+		return nil
+	}
+	return hclog.New(&hclog.LoggerOptions{Name: a.name, Output: a.err, Level: level})
+}
+
+// opener returns what opens images, under the policy of this run.
+func (a *app) opener() (*image.Opener, error) {
+	s, err := a.session()
+	if err != nil {
+		return nil, err
+	}
+	return &image.Opener{Session: s, Gate: &gate.Policy{}, Warn: a.warn}, nil
+}
+
+// warn prints a warning, once.
+func (a *app) warn(text string) { fmt.Fprintf(a.err, "%s: warning: %s\n", a.name, text) }
+
+// terminal reports whether results go to a terminal.
+func (a *app) terminal() bool {
+	f, ok := a.out.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}
+
+// session returns the run's session, with the plugins found.
+func (a *app) session() (*session.Session, error) {
+	if a.current != nil {
+		return a.current, nil
+	}
+	plugins, err := discover.Find(discover.Options{})
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range plugins.Refused() {
+		a.logf("%v", r)
+	}
+	a.current = session.New(plugins, launch.Options{Logger: a.logger()})
+	return a.current, nil
+}
+
+func (a *app) close() {
+	if a.current != nil {
+		a.current.Close()
+	}
+}
+
+// rootCommand builds the command tree.
+func (a *app) rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:           a.name,
+		Short:         "Create, inspect, check, convert and edit virtual disk images",
+		Version:       version,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return usagef("Not enough arguments")
+			}
+			return usagef("Command not found: %s", args[0])
+		},
+		RunE: func(*cobra.Command, []string) error { return nil },
+	}
+	root.SetVersionTemplate("instar version {{.Version}}\n")
+	root.SetOut(a.out)
+	root.SetErr(a.err)
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err.Error()} })
+	root.PersistentFlags().BoolVarP(&a.verbose, "verbose", "v", false, "say what is done beside the result, on standard error")
+	root.AddCommand(a.createCommand(), a.infoCommand(), a.pluginCommand())
+	return root
+}

@@ -1,0 +1,149 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/instar-img/instar/cmd/instar/internal/render"
+	"github.com/instar-img/instar/internal/host/image"
+	"github.com/instar-img/instar/sdk"
+)
+
+// infoFlags is info's command line.
+type infoFlags struct {
+	source sourceFlags
+	output string
+	layout string
+	chain  bool
+}
+
+func (a *app) infoCommand() *cobra.Command {
+	var f infoFlags
+	cmd := &cobra.Command{
+		Use:   "info [-f FMT] [--output human|json] [--backing-chain] [-U] FILENAME",
+		Short: "Describe a disk image",
+		RunE:  func(cmd *cobra.Command, args []string) error { return a.info(cmd.Context(), &f, args) },
+	}
+	flags := cmd.Flags()
+	flags.SortFlags = false
+	f.source.register(flags)
+	flags.StringVar(&f.output, "output", "human", "form of the result: human or json")
+	flags.BoolVar(&f.chain, "backing-chain", false, "describe the backing files too")
+	registerLayout(flags, &f.layout)
+	return cmd
+}
+
+// sourceFlags say which image a reading verb opens, and how.
+type sourceFlags struct {
+	format string
+	shared bool
+}
+
+func (f *sourceFlags) register(flags *pflag.FlagSet) {
+	flags.StringVarP(&f.format, "format", "f", "", "format of the image; detected where not given")
+	flags.BoolVarP(&f.shared, "force-share", "U", false, "open an image that another process uses")
+}
+
+// registerLayout adds the flag that selects whose output layout is followed.
+func registerLayout(flags *pflag.FlagSet, layout *string) {
+	def := os.Getenv("INSTAR_QEMU_VERSION")
+	if def == "" {
+		def = "10.0"
+	}
+	flags.StringVar(layout, "qemu-version", def, "print as this version of qemu-img does: 7.2 or 10.0 (INSTAR_QEMU_VERSION)")
+}
+
+// childName is the name of a file below its image, as qemu-img has it.
+func childName(role string) string {
+	switch role {
+	case sdk.RoleMain:
+		return "file"
+	default:
+		return strings.ReplaceAll(role, ":", ".")
+	}
+}
+
+// style returns how text is laid out for --qemu-version.
+func (a *app) style(version string) (render.Style, error) {
+	style := render.Style{Escape: a.terminal()}
+	switch version {
+	case "7.2":
+		style.Layout = render.Layout72
+	case "10.0":
+		style.Layout = render.Layout10
+	default:
+		return style, usagef("--qemu-version %s: 7.2 and 10.0 are known", version)
+	}
+	return style, nil
+}
+
+// checkOutput checks --output.
+func checkOutput(output string) error {
+	if output != "human" && output != "json" {
+		return usagef("--output must be used with human or json as argument.")
+	}
+	return nil
+}
+
+// info is the verb.
+func (a *app) info(ctx context.Context, f *infoFlags, args []string) error {
+	if err := checkOutput(f.output); err != nil {
+		return err
+	}
+	if len(args) != 1 {
+		return usagef("Expecting one image file name")
+	}
+	style, err := a.style(f.layout)
+	if err != nil {
+		return err
+	}
+	opener, err := a.opener()
+	if err != nil {
+		return err
+	}
+	opener.Shared = f.source.shared
+	chain, err := opener.Open(ctx, args[0], image.Options{Format: f.source.format, Backing: f.chain})
+	if err != nil {
+		return err
+	}
+	defer chain.Close()
+	var images []render.Image
+	for _, layer := range chain.Layers {
+		images = append(images, describe(opener, layer))
+	}
+	switch {
+	case f.output == "human":
+		fmt.Fprint(a.out, render.InfoText(images, style))
+	case f.chain:
+		fmt.Fprintf(a.out, "%s", render.InfoArrayJSON(images, style))
+	default:
+		fmt.Fprintf(a.out, "%s", render.InfoJSON(images[0], style))
+	}
+	return nil
+}
+
+// describe collects what info shows of a layer.
+func describe(opener *image.Opener, layer *image.Layer) render.Image {
+	m := render.Image{
+		Filename: layer.Path, Format: layer.Format(), Info: layer.Info,
+		ActualSize: layer.AllocatedSize(), Paths: map[string]string{},
+	}
+	for i := len(layer.Files) - 1; i >= 0; i-- {
+		file := layer.Files[i]
+		m.Paths[file.Role] = file.Path
+		m.Children = append(m.Children, render.Child{
+			Name: childName(file.Role), Filename: file.Path, Protocol: file.Protocol(),
+			Length: file.Length(), ActualSize: file.AllocatedSize(),
+		})
+	}
+	if ref, ok := layer.Backing(); ok {
+		m.BackingFilename, m.BackingFormat = ref.Name, ref.Format
+		m.FullBackingFilename = opener.FullName(layer, ref)
+	}
+	return m
+}

@@ -1,0 +1,40 @@
+// Command instar creates, inspects, checks, converts and edits virtual disk
+// images. It knows verbs and no formats: each format is a plugin program.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+)
+
+// version is set by the build.
+var version = "0.1"
+
+func main() {
+	os.Exit(run(os.Args))
+}
+
+// run executes one command line and returns the exit code.
+func run(args []string) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	a := &app{name: filepath.Base(args[0]), out: os.Stdout, err: os.Stderr}
+	defer a.close()
+	root := a.rootCommand()
+	root.SetArgs(args[1:])
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	code, message := a.exit(ctx, err)
+	if message != "" {
+		prefix := a.name + ": "
+		fmt.Fprintln(a.err, prefix+strings.ReplaceAll(message, "\n"+prefix, "\n"+prefix))
+	}
+	return code
+}

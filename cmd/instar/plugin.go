@@ -1,0 +1,98 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/instar-img/instar/internal/host/launch"
+	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/option"
+)
+
+func (a *app) pluginCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "plugin", Short: "Show the format plugins"}
+	cmd.AddCommand(
+		&cobra.Command{
+			Use: "list", Short: "List the plugins found, and the sandbox they run in", Args: cobra.NoArgs,
+			RunE: func(*cobra.Command, []string) error { return a.pluginList() },
+		},
+		&cobra.Command{
+			Use: "info NAME", Short: "Show what a plugin says of itself", Args: cobra.ExactArgs(1),
+			RunE: func(cmd *cobra.Command, args []string) error { return a.pluginInfo(cmd, args[0]) },
+		},
+	)
+	return cmd
+}
+
+// pluginList prints a table, what was refused, and the sandbox.
+func (a *app) pluginList() error {
+	s, err := a.session()
+	if err != nil {
+		return err
+	}
+	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "FORMAT\tALIASES\tVERSION\tPROTOCOL\tCAN\tPROGRAM")
+	for _, p := range s.Plugins.Plugins() {
+		m := &p.Manifest
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", m.Name, dash(strings.Join(m.Aliases, ",")), m.Version,
+			strings.Trim(fmt.Sprint(m.Protocols), "[]"), strings.Join(m.Capabilities, ","), p.Path)
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	for _, r := range s.Plugins.Refused() {
+		fmt.Fprintf(a.out, "refused: %v\n", r)
+	}
+	fmt.Fprintf(a.out, "sandbox: %v\n", launch.Effective())
+	return nil
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+// pluginInfo starts a plugin and prints what it says of itself.
+func (a *app) pluginInfo(cmd *cobra.Command, name string) error {
+	s, err := a.session()
+	if err != nil {
+		return err
+	}
+	p, err := s.Plugins.ByName(name)
+	if err != nil {
+		return err
+	}
+	format, err := s.Format(cmd.Context(), p)
+	if err != nil {
+		return err
+	}
+	d := format.Describe()
+	m := &d.Manifest
+	fmt.Fprintf(a.out, "name: %s\naliases: %s\nversion: %s\nprotocols: %s\ncapabilities: %s\nfile suffixes: %s\nprogram: %s\nmanifest: %s\n",
+		m.Name, dash(strings.Join(m.Aliases, ", ")), m.Version, strings.Trim(fmt.Sprint(m.Protocols), "[]"),
+		strings.Join(m.Capabilities, ", "), dash(strings.Join(m.Suffixes, ", ")), p.Path, dash(p.ManifestPath))
+	for _, probe := range m.Probes {
+		fmt.Fprintf(a.out, "probe: %s\n", probeText(probe))
+	}
+	if len(d.Create) > 0 {
+		fmt.Fprint(a.out, option.Help("create options:", d.Create))
+	}
+	return nil
+}
+
+// probeText describes a probe.
+func probeText(p sdk.Probe) string {
+	switch {
+	case p.Bytes == "":
+		return fmt.Sprintf("any content, score %d", p.Score)
+	case p.Offset < 0:
+		return fmt.Sprintf("bytes %s at %d before the end, score %d", p.Bytes, -p.Offset, p.Score)
+	default:
+		return fmt.Sprintf("bytes %s at %d, score %d", p.Bytes, p.Offset, p.Score)
+	}
+}

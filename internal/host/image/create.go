@@ -1,0 +1,104 @@
+package image
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+
+	"github.com/instar-img/instar/internal/host/discover"
+	"github.com/instar-img/instar/internal/host/output"
+	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/option"
+)
+
+// Keys that the core honours itself, whatever the format.
+const (
+	keyNocow      = "nocow"
+	keyExtentHint = "extent_size_hint"
+)
+
+// CreateRequest asks for an empty image.
+type CreateRequest struct {
+	Path        string
+	Plugin      *discover.Plugin
+	Values      option.Values // valid by the format's schema
+	Size        int64         // virtual size
+	Backing     *sdk.BackingInfo
+	BackingName string
+	Log         func(string)
+}
+
+// Created is what Create made.
+type Created struct {
+	sdk.PlanInfo
+	Paths []string // of the files, the image itself first
+}
+
+// Create makes an empty image. It appears under its name when it is complete;
+// after an error nothing new is there and what was there before still is.
+func (o *Opener) Create(ctx context.Context, req *CreateRequest) (*Created, error) {
+	format, err := o.Session.Format(ctx, req.Plugin)
+	if err != nil {
+		return nil, err
+	}
+	plan, err := format.PlanCreate(ctx, sdk.CreateRequest{
+		Options: req.Values, Size: req.Size, Backing: req.Backing, BackingName: req.BackingName,
+		Name: filepath.Base(req.Path),
+	})
+	if err != nil {
+		return nil, err
+	}
+	set, files, err := begin(ctx, req, plan.Info())
+	if err != nil {
+		return nil, err
+	}
+	defer set.Abort()
+	if err := plan.Emit(ctx, files); err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if err := set.Commit(); err != nil {
+		return nil, err
+	}
+	made := &Created{PlanInfo: plan.Info(), Paths: []string{req.Path}}
+	for _, p := range made.Files[1:] {
+		made.Paths = append(made.Paths, filepath.Join(filepath.Dir(req.Path), p.Name))
+	}
+	return made, nil
+}
+
+// begin makes the files that a plan wants.
+func begin(ctx context.Context, req *CreateRequest, plan sdk.PlanInfo) (_ *output.Set, _ []sdk.NamedFile, err error) {
+	if len(plan.Files) == 0 || plan.Files[0].Role != sdk.RoleMain {
+		return nil, nil, fmt.Errorf("plugin %s planned no main file", req.Plugin.Manifest.Name)
+	}
+	set, err := output.Begin(req.Path, output.Options{
+		Nocow:          req.Values.BoolOr(keyNocow, false),
+		ExtentSizeHint: int64(req.Values.UintOr(keyExtentHint, output.DefaultExtentSizeHint)),
+		Log:            req.Log,
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			set.Abort()
+		}
+	}()
+	var files []sdk.NamedFile
+	for i, p := range plan.Files {
+		f := set.Main()
+		if i > 0 {
+			if f, err = set.Add(p.Name); err != nil {
+				return nil, nil, err
+			}
+		}
+		if err := set.Prepare(ctx, i, p.Length, p.Preallocation); err != nil {
+			return nil, nil, err
+		}
+		files = append(files, sdk.NamedFile{Role: p.Role, File: sdk.NewFile(f)})
+	}
+	return set, files, nil
+}

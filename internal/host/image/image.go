@@ -1,0 +1,335 @@
+// Package image opens images: one file with its format's plugin, the files it
+// refers to, and the chain of its backing files. What several verbs share of
+// an opened image is here.
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/instar-img/instar/internal/host/discover"
+	"github.com/instar-img/instar/internal/host/gate"
+	"github.com/instar-img/instar/internal/host/lock"
+	"github.com/instar-img/instar/internal/host/session"
+	"github.com/instar-img/instar/sdk"
+)
+
+// Opener opens images under one policy.
+type Opener struct {
+	Session *session.Session
+	Gate    *gate.Policy
+	// Shared opens images that another process has locked (-U).
+	Shared bool
+	// Warn gets what a user should read beside the result, a line each.
+	Warn func(string)
+}
+
+// Options says how to open an image.
+type Options struct {
+	Format    string // empty: detect
+	ReadWrite bool
+	Check     bool   // open what can be opened
+	Snapshot  string // internal snapshot, empty for the active state
+	Backing   bool   // open the chain of backing files too
+	// BackingFormats and BackingPaths override what images say of their backing
+	// files, by depth, from image options; "" leaves it to the image.
+	Backings []Override
+}
+
+// Override replaces what an image says of its backing file.
+type Override struct {
+	Path, Format string
+	None         bool // treat the image as if it had no backing file
+}
+
+// File is an open file of a layer.
+type File struct {
+	Role string
+	Path string
+	*os.File
+}
+
+// Layer is one opened image of a chain.
+type Layer struct {
+	Path   string // as named by the user, or resolved from the referring image
+	Plugin *discover.Plugin
+	Files  []File // the first is the main file; the position is sdk's file index
+	Image  sdk.Image
+	Info   *sdk.Info
+	// Refused holds the references that were not opened, and why.
+	Refused []error
+}
+
+// Format returns the canonical name of the layer's format.
+func (l *Layer) Format() string { return l.Plugin.Manifest.Name }
+
+// Backing returns the layer's reference to its backing file, or false.
+func (l *Layer) Backing() (sdk.Reference, bool) {
+	for _, r := range l.Info.References {
+		if r.Kind == sdk.RefBacking && r.Name != "" {
+			return r, true
+		}
+	}
+	return sdk.Reference{}, false
+}
+
+// Close drops the image and its files.
+func (l *Layer) Close() {
+	for _, f := range l.Files {
+		f.Close()
+	}
+}
+
+// Chain is an opened image with its backing files, the image itself first.
+type Chain struct {
+	Layers []*Layer
+}
+
+// Top is the image itself.
+func (c *Chain) Top() *Layer { return c.Layers[0] }
+
+// Close closes all layers.
+func (c *Chain) Close() {
+	for _, l := range c.Layers {
+		l.Close()
+	}
+}
+
+// Open opens the image at path and, where asked for, its chain.
+func (o *Opener) Open(ctx context.Context, path string, opts Options) (*Chain, error) {
+	walk := o.Gate.NewWalk()
+	file, err := walk.OpenMain(path, opts.ReadWrite)
+	if err != nil {
+		return nil, err
+	}
+	top, err := o.openLayer(ctx, walk, path, file, opts)
+	if err != nil {
+		return nil, err
+	}
+	chain := &Chain{Layers: []*Layer{top}}
+	if !opts.Backing {
+		return chain, nil
+	}
+	if err := o.openBackings(ctx, walk, chain, opts.Backings); err != nil {
+		chain.Close()
+		return nil, err
+	}
+	return chain, nil
+}
+
+// openBackings appends the chain below its last layer.
+func (o *Opener) openBackings(ctx context.Context, walk *gate.Walk, chain *Chain, overrides []Override) error {
+	for {
+		layer := chain.Layers[len(chain.Layers)-1]
+		ref, ok := layer.Backing()
+		var over Override
+		if i := len(chain.Layers) - 1; i < len(overrides) {
+			over = overrides[i]
+		}
+		if over.None || (!ok && over.Path == "") {
+			return nil
+		}
+		next, err := o.openBacking(ctx, walk, layer, ref, over)
+		if err != nil {
+			return err
+		}
+		chain.Layers = append(chain.Layers, next)
+	}
+}
+
+func (o *Opener) openBacking(ctx context.Context, walk *gate.Walk, layer *Layer, ref sdk.Reference, over Override) (*Layer, error) {
+	var file *os.File
+	var path string
+	var err error
+	format := ref.Format
+	if over.Path != "" {
+		path, format = over.Path, over.Format
+		file, err = walk.OpenMain(path, false)
+	} else {
+		if over.Format != "" {
+			format = over.Format
+		}
+		file, path, err = walk.OpenReference(layer.Path, ref)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("Could not open backing file: %w", err)
+	}
+	if format == "" && o.Warn != nil {
+		o.Warn(fmt.Sprintf("%s names no format for its backing file %s: probing it", layer.Path, path))
+	}
+	next, err := o.openLayer(ctx, walk, path, file, Options{Format: format})
+	if err != nil {
+		return nil, fmt.Errorf("Could not open backing file: %w", err)
+	}
+	if ref.IdentityKey != "" && over.Path == "" && next.Info.Identity[ref.IdentityKey] != ref.Identity {
+		next.Close()
+		return nil, fmt.Errorf("%s: backing file %s is another image than the one it was made on (%s %s, expected %s): %w",
+			layer.Path, path, ref.IdentityKey, next.Info.Identity[ref.IdentityKey], ref.Identity, sdk.ErrCorrupt)
+	}
+	return next, nil
+}
+
+// openLayer opens one image of which file is the main file, and takes it over.
+func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, file *os.File, opts Options) (_ *Layer, err error) {
+	layer := &Layer{Path: path, Files: []File{{Role: sdk.RoleMain, Path: path, File: file}}}
+	defer func() {
+		if err != nil {
+			layer.Close()
+		}
+	}()
+	if !o.Shared {
+		mode := lock.Read
+		if opts.ReadWrite {
+			mode = lock.Write
+		}
+		if err := lock.Take(file, path, mode); err != nil {
+			return nil, err
+		}
+	}
+	if layer.Plugin, err = o.choose(path, file, opts.Format); err != nil {
+		return nil, err
+	}
+	format, err := o.Session.Format(ctx, layer.Plugin)
+	if err != nil {
+		return nil, err
+	}
+	layer.Image, err = format.Open(ctx, sdk.OpenRequest{
+		Files:     []sdk.NamedFile{{Role: sdk.RoleMain, File: sdk.NewFile(file)}},
+		ReadWrite: opts.ReadWrite, Check: opts.Check, Snapshot: opts.Snapshot, Name: filepath.Base(path),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("Could not open '%s': %w", path, err)
+	}
+	if layer.Info, err = layer.Image.Info(ctx); err != nil {
+		return nil, fmt.Errorf("Could not open '%s': %w", path, err)
+	}
+	return layer, o.attach(ctx, walk, layer, opts)
+}
+
+// attach hands the plugin the further files of its image that the gate grants.
+func (o *Opener) attach(ctx context.Context, walk *gate.Walk, layer *Layer, opts Options) error {
+	var granted []sdk.NamedFile
+	for _, ref := range layer.Info.References {
+		if ref.Kind == sdk.RefBacking || ref.Role == sdk.RoleMain {
+			continue
+		}
+		file, path, err := walk.OpenPart(layer.Path, ref, opts.ReadWrite)
+		if err != nil {
+			if ref.Required && !opts.Check {
+				return fmt.Errorf("Could not open '%s': %w", layer.Path, err)
+			}
+			layer.Refused = append(layer.Refused, err)
+			continue
+		}
+		layer.Files = append(layer.Files, File{Role: ref.Role, Path: path, File: file})
+		granted = append(granted, sdk.NamedFile{Role: ref.Role, File: sdk.NewFile(file)})
+	}
+	if len(granted) == 0 {
+		return nil
+	}
+	attacher, ok := sdk.As[sdk.Attacher](layer.Image)
+	if !ok {
+		return fmt.Errorf("%s: plugin %s refers to files and takes none", layer.Path, layer.Format())
+	}
+	if err := attacher.Attach(ctx, granted); err != nil {
+		return fmt.Errorf("Could not open '%s': %w", layer.Path, err)
+	}
+	var err error
+	layer.Info, err = layer.Image.Info(ctx)
+	return err
+}
+
+// choose returns the plugin for a named format, or the one whose probe fits.
+func (o *Opener) choose(path string, file *os.File, format string) (*discover.Plugin, error) {
+	if format != "" {
+		p, err := o.Session.Plugins.ByName(format)
+		if err != nil {
+			return nil, fmt.Errorf("Could not open '%s': %w", path, err)
+		}
+		return p, opens(path, p)
+	}
+	matches, err := o.Probe(file)
+	if err != nil {
+		return nil, fmt.Errorf("Could not open '%s': %w", path, err)
+	}
+	if len(matches) == 0 {
+		return nil, fmt.Errorf("Could not open '%s': no installed format recognises it: %w", path, sdk.ErrNotFormat)
+	}
+	if err := o.Gate.Ambiguous(path, names(matches)); err != nil {
+		return nil, err
+	}
+	if matches[0].Score > 1 && len(certain(matches)) > 1 && o.Warn != nil {
+		o.Warn(fmt.Sprintf("%s could be any of %v; taken as %s (-f chooses)", path, certain(matches), matches[0].Plugin.Manifest.Name))
+	}
+	return matches[0].Plugin, opens(path, matches[0].Plugin)
+}
+
+func opens(path string, p *discover.Plugin) error {
+	if !p.Manifest.Has(sdk.CapOpen) {
+		return fmt.Errorf("Could not open '%s': plugin %s cannot open images: %w", path, p.Manifest.Name, sdk.ErrUnsupported)
+	}
+	return nil
+}
+
+// names lists the formats that fit, without the fallback where another fits.
+func names(matches []discover.Match) []string {
+	var out []string
+	for _, m := range matches {
+		out = append(out, m.Plugin.Manifest.Name)
+	}
+	return out
+}
+
+// OpenBacking opens the image that a new image at path shall have as its
+// backing file.
+func (o *Opener) OpenBacking(ctx context.Context, path, name, format string) (*Layer, error) {
+	walk := o.Gate.NewWalk()
+	full := gate.Resolve(path, name)
+	file, err := walk.OpenMain(full, false)
+	if err != nil {
+		return nil, err
+	}
+	return o.openLayer(ctx, walk, full, file, Options{Format: format})
+}
+
+// certain lists the formats whose own bytes are in the file.
+func certain(matches []discover.Match) []string {
+	var out []string
+	for _, m := range matches {
+		if !m.Fallback {
+			out = append(out, m.Plugin.Manifest.Name)
+		}
+	}
+	return out
+}
+
+// Probe returns the formats whose probes fit a file, best first.
+func (o *Opener) Probe(file *os.File) ([]discover.Match, error) {
+	size, err := sdk.NewFile(file).Size()
+	if err != nil {
+		return nil, err
+	}
+	headLen, tailLen := o.Session.Plugins.ProbeReach()
+	head, err := readRange(file, 0, min(headLen, size))
+	if err != nil {
+		return nil, err
+	}
+	tail, err := readRange(file, max(0, size-tailLen), min(tailLen, size))
+	if err != nil {
+		return nil, err
+	}
+	return o.Session.Plugins.Match(head, tail, size), nil
+}
+
+func readRange(file *os.File, off, n int64) ([]byte, error) {
+	b := make([]byte, n)
+	got, err := file.ReadAt(b, off)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	return b[:got], nil
+}
