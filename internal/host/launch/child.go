@@ -143,6 +143,9 @@ func (c *child) killedByUs() bool {
 	return c.killed
 }
 
+// dyingTimeout bounds the wait for a process that seems to be about to end.
+const dyingTimeout = 500 * time.Millisecond
+
 // sendTimeout bounds the wait for a plugin that does not receive.
 const sendTimeout = 10 * time.Second
 
@@ -310,7 +313,17 @@ func (r *childRunner) Start(context.Context) error {
 	return r.child.start()
 }
 
-func (r *childRunner) Diagnose(context.Context) string { return "" }
+// Diagnose is called when the plugin did not say where it listens, just before
+// Kill: it lets a program that dies do so, and say why.
+func (r *childRunner) Diagnose(context.Context) string {
+	if r.child.firstLine() == "" {
+		select {
+		case <-r.child.done:
+		case <-time.After(dyingTimeout):
+		}
+	}
+	return ""
+}
 
 func (r *childRunner) Stdout() io.ReadCloser {
 	return &teeReader{f: r.child.stdout, w: &r.child.first}
@@ -344,6 +357,13 @@ func (r *childRunner) PluginToHost(network, address string) (string, string, err
 	name, ok := strings.CutPrefix(address, r.child.socketDir+string(os.PathSeparator))
 	if network != "unix" || !ok || name == "" || strings.ContainsRune(name, os.PathSeparator) {
 		return "", "", fmt.Errorf("it listens on %s %q, not in its directory", network, address)
+	}
+	info, err := os.Lstat(address)
+	if err != nil {
+		return "", "", fmt.Errorf("its socket: %w", errors.Unwrap(err))
+	}
+	if info.Mode().Type() != os.ModeSocket {
+		return "", "", fmt.Errorf("its socket: %q is none", address)
 	}
 	return network, address, nil
 }

@@ -10,6 +10,9 @@ import (
 
 func confineCalls() error { return firstFilter(unix.Getpid()).RestrictThread() }
 
+const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS |
+	unix.CLONE_NEWIPC | unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
+
 // firstFilter refuses what no plugin needs, in any language: it lists what is
 // refused, because a plugin's run-time system is not known here. It must let
 // through what starting the process takes. core is the core's process id.
@@ -27,6 +30,13 @@ func firstFilter(core int) *confine.Filter {
 		unix.SYS_SCHED_SETSCHEDULER, unix.SYS_SCHED_SETPARAM, unix.SYS_SCHED_SETATTR,
 		unix.SYS_MIGRATE_PAGES, unix.SYS_MOVE_PAGES, unix.SYS_SETSID)
 	f.When(refuse, unix.SYS_TGKILL, confine.Condition{Arg: 0, Value: uint32(core)})
+	// Threads, and the clone by which Go starts a program: that one starts the
+	// plugin itself. Name spaces not.
+	f.When(confine.Allow, unix.SYS_CLONE,
+		confine.Condition{Arg: 0, Mask: unix.CLONE_THREAD | newNamespaces, Value: unix.CLONE_THREAD})
+	const vfork = unix.CLONE_VFORK | unix.CLONE_VM
+	f.When(confine.Allow, unix.SYS_CLONE, confine.Condition{Arg: 0, Mask: vfork | newNamespaces, Value: vfork})
+	f.On(refuse, unix.SYS_CLONE)
 	f.On(confine.Fail(unix.ENOSYS), unix.SYS_CLONE3) // callers fall back to clone
 	// Limits of this process may be changed, those of others not.
 	f.When(confine.Allow, unix.SYS_PRLIMIT64, confine.Condition{Arg: 0, Value: 0})

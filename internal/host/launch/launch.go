@@ -80,10 +80,10 @@ func Start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 		return nil, protocolError(p, fmt.Sprint(p.Manifest.Protocols))
 	}
 	proc, err := start(ctx, p, o)
-	if err != nil {
+	if err != nil && !errors.As(err, new(*ExitError)) && !errors.As(err, new(*ProtocolError)) {
 		return nil, fmt.Errorf("plugin %s (%s): %w", p.Manifest.Name, p.Path, err)
 	}
-	return proc, nil
+	return proc, err
 }
 
 func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error) {
@@ -174,7 +174,6 @@ func (p *Process) startError(err error) error {
 	if p.child == nil || p.child.pid() == 0 {
 		return err
 	}
-	p.child.kill()
 	if line := p.child.firstLine(); line != "" {
 		parts := strings.Split(line, "|")
 		if len(parts) < 4 {
@@ -185,7 +184,8 @@ func (p *Process) startError(err error) error {
 		}
 		return errors.New(strings.Join(strings.Fields(err.Error()), " "))
 	}
-	if exit := p.ExitError(); exit != nil && !p.child.killedByUs() {
+	var exit *ExitError
+	if errors.As(p.ExitError(), &exit) && !exit.Killed {
 		return exit
 	}
 	return errors.New(strings.Join(strings.Fields(err.Error()), " "))
@@ -271,7 +271,7 @@ func (p *Process) ExitError() error {
 func (p *Process) exitErrorSoon() error {
 	select {
 	case <-p.child.done:
-	case <-time.After(500 * time.Millisecond):
+	case <-time.After(dyingTimeout):
 	}
 	return p.ExitError()
 }
