@@ -57,18 +57,8 @@ type Options struct {
 	fault     func(step string) error
 }
 
-// Error is a failure of the host's file system. Its text is complete; qemu-img's
-// where it has one.
-type Error struct {
-	Text string // what could not be done
-	Err  error  // why
-}
-
-func (e *Error) Error() string { return e.Text + ": " + errno.Text(e.Err) }
-func (e *Error) Unwrap() error { return e.Err }
-
 func cannotCreate(path string, err error) error {
-	return &Error{Text: "Could not create '" + path + "'", Err: err}
+	return &errno.Error{Text: "Could not create '" + path + "'", Err: err}
 }
 
 // way is how a file gets its content.
@@ -194,7 +184,7 @@ func (fl *file) open(opts Options) error {
 	fl.old = old
 	if opts.InPlace {
 		if err != nil {
-			return &Error{Text: "Could not open '" + fl.path + "'", Err: err}
+			return &errno.Error{Text: "Could not open '" + fl.path + "'", Err: err}
 		}
 		return fl.openDirect(lock.Write)
 	}
@@ -254,14 +244,14 @@ func (fl *file) stage(opts Options) error {
 	var err error
 	if fl.f, fl.tmp, err = temporary(fl.dir, fl.base, opts); err == nil {
 		if kept := keepAttributes(fl.old, fl.f); kept != nil && why == "" {
-			why = "a new file cannot be given its attributes (" + errno.Text(kept) + ")"
+			why = "a new file cannot be given its attributes (" + errno.Reason(kept) + ")"
 		}
 	} else if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EROFS) {
 		if why == "" {
-			why = "its directory cannot be written (" + errno.Text(err) + ")"
+			why = "its directory cannot be written (" + errno.Reason(err) + ")"
 		}
 		if fl.f, err = temporaryElsewhere(); err != nil {
-			return &Error{Text: "Could not create a temporary file in '" + os.TempDir() + "' (set TMPDIR to another directory)", Err: err}
+			return &errno.Error{Text: "Could not create a temporary file in '" + os.TempDir() + "' (set TMPDIR to another directory)", Err: err}
 		}
 	} else {
 		return cannotCreate(fl.path, err)
@@ -279,12 +269,12 @@ func (fl *file) stage(opts Options) error {
 func (fl *file) hint(opts Options) {
 	if opts.Nocow {
 		if err := setNocow(fl.f); err != nil {
-			opts.Log(fl.path + ": nocow without effect: " + errno.Text(err))
+			opts.Log(fl.path + ": nocow without effect: " + errno.Reason(err))
 		}
 	}
 	if opts.ExtentSizeHint > 0 {
 		if err := setExtentSizeHint(fl.f, opts.ExtentSizeHint); err != nil {
-			opts.Log(fl.path + ": extent_size_hint without effect: " + errno.Text(err))
+			opts.Log(fl.path + ": extent_size_hint without effect: " + errno.Reason(err))
 		}
 	}
 }
@@ -349,7 +339,7 @@ func (s *Set) Prepare(ctx context.Context, i int, length int64, p sdk.Preallocat
 	}
 	fl.prealloc = p
 	if err := fl.f.Truncate(length); err != nil {
-		return &Error{Text: "Could not resize file", Err: err}
+		return &errno.Error{Text: "Could not resize file", Err: err}
 	}
 	if fl.way == overwrite {
 		return nil // the space is reserved in the target itself, by Commit
@@ -360,12 +350,12 @@ func (s *Set) Prepare(ctx context.Context, i int, length int64, p sdk.Preallocat
 func (fl *file) prepareDirect(length int64, p sdk.Preallocation) error {
 	fi, err := fl.f.Stat()
 	if err != nil {
-		return &Error{Text: "Could not resize file", Err: err}
+		return &errno.Error{Text: "Could not resize file", Err: err}
 	}
 	capacity := fi.Size()
 	if !fi.Mode().IsRegular() {
 		if capacity, err = deviceSize(fl.f); err != nil {
-			return &Error{Text: "Could not get the size of device '" + fl.path + "'", Err: err}
+			return &errno.Error{Text: "Could not get the size of device '" + fl.path + "'", Err: err}
 		}
 	}
 	switch {
@@ -407,14 +397,14 @@ func (s *Set) Commit() (err error) {
 		if s.opts.Sync && fl.way != overwrite {
 			// Character devices have nothing to sync and say so.
 			if err := fl.f.Sync(); err != nil && !errors.Is(err, unix.EINVAL) {
-				return &Error{Text: "Could not write '" + fl.path + "'", Err: err}
+				return &errno.Error{Text: "Could not write '" + fl.path + "'", Err: err}
 			}
 		}
 	}
 	for _, fl := range order {
 		if fl.way == overwrite {
 			if err := fl.reserve(); err != nil {
-				return &Error{Text: "Could not reserve the space for '" + fl.path + "'", Err: err}
+				return &errno.Error{Text: "Could not reserve the space for '" + fl.path + "'", Err: err}
 			}
 		}
 	}
@@ -456,9 +446,9 @@ func (s *Set) publish(fl *file) error {
 		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EXDEV) {
 			return cannotCreate(fl.path, err)
 		}
-		s.opts.Log(fl.path + ": written in place: it cannot be replaced (" + errno.Text(err) + ")")
+		s.opts.Log(fl.path + ": written in place: it cannot be replaced (" + errno.Reason(err) + ")")
 		if err := fl.reserve(); err != nil {
-			return &Error{Text: "Could not reserve the space for '" + fl.path + "'", Err: err}
+			return &errno.Error{Text: "Could not reserve the space for '" + fl.path + "'", Err: err}
 		}
 		// A temporary sibling, where there is one, goes when fl is dropped.
 		fl.way = overwrite
@@ -545,7 +535,7 @@ func (fl *file) undo() error {
 		return &sdk.Error{Text: fl.path + " has been overwritten", Class: sdk.ErrInvalid}
 	}
 	if err != nil {
-		return &Error{Text: "could not restore " + fl.path, Err: err}
+		return &errno.Error{Text: "could not restore " + fl.path, Err: err}
 	}
 	return nil
 }

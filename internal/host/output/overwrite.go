@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/instar-img/instar/internal/host/errno"
 	"github.com/instar-img/instar/sdk"
 )
 
@@ -66,7 +67,7 @@ func (fl *file) reserve() error {
 func (fl *file) copyOver() error {
 	fl.done = true // from here on there is no way back
 	if err := fl.rewrite(); err != nil {
-		return &Error{Text: "Could not write '" + fl.path + "', which is incomplete now", Err: err}
+		return &errno.Error{Text: "Could not write '" + fl.path + "', which is incomplete now", Err: err}
 	}
 	return nil
 }
@@ -124,11 +125,11 @@ func preallocate(ctx context.Context, f *os.File, length int64, p sdk.Preallocat
 	// out well, and a lack of space shows at once.
 	err := allocate(f, 0, length)
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		return &Error{Text: text, Err: err}
+		return &errno.Error{Text: text, Err: err}
 	}
 	if err != nil || p == sdk.PreallocFull {
 		if err := writeZeros(ctx, f, 0, length); err != nil {
-			return &Error{Text: text, Err: err}
+			return &errno.Error{Text: text, Err: err}
 		}
 	}
 	return nil
