@@ -186,10 +186,13 @@ func (p *plan) prealloc() sdk.Preallocation {
 
 // length is how long the file becomes.
 func (p *plan) length() int64 {
-	if p.fixed {
-		return p.dataStart + p.geo.virtualSize
+	switch {
+	case !p.fixed:
+		return p.dataStart
+	case p.state == blockFullyPresent:
+		return p.dataStart + p.geo.blocks*p.geo.blockSize
 	}
-	return p.dataStart
+	return p.dataStart + p.geo.virtualSize
 }
 
 // resolve lists every option with the value it came to.

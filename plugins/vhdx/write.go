@@ -82,6 +82,7 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 		w.end = max(end, ondisk.DivUp(size, mib)*mib)
 		if start := size - img.geo.virtualSize; img.fixed() && w.fresh && start >= end && start%mib == 0 {
 			w.natural = start
+			w.end = max(w.end, start+img.geo.blocks*img.geo.blockSize)
 		}
 	} else {
 		w.end = end
@@ -191,7 +192,6 @@ func (img *image) Place(ctx context.Context, runs []sdk.Run) ([]sdk.Placement, e
 	}
 	g := &img.geo
 	var places []sdk.Placement
-	before := w.end
 	for _, r := range runs {
 		if err := ctx.Err(); err != nil {
 			return nil, err
@@ -212,20 +212,24 @@ func (img *image) Place(ctx context.Context, runs []sdk.Run) ([]sdk.Placement, e
 			places = append(places, sdk.Placement{Offset: off, Length: n, HostOffset: host})
 		}
 	}
-	if w.grow && w.end > before {
-		// Whole blocks, whatever of them is written: readers expect them.
-		if err := img.file.File.Truncate(w.end); err != nil {
-			return nil, fmt.Errorf("write: extend the file to %#x: %w", w.end, err)
-		}
-		img.setSize(w.end)
-	}
-	return places, nil
+	return places, img.extend()
 }
 
-func (img *image) setSize(size int64) {
-	img.file.mu.Lock()
-	defer img.file.mu.Unlock()
-	img.file.fileSize, img.file.size = size, size
+// extend makes the file long enough for whole blocks, whatever of the last one
+// is written: readers expect them.
+func (img *image) extend() error {
+	w := &img.writer
+	f := img.file
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !w.grow || w.end <= f.fileSize {
+		return nil
+	}
+	if err := f.File.Truncate(w.end); err != nil {
+		return fmt.Errorf("write: extend the file to %#x: %w", w.end, err)
+	}
+	f.fileSize, f.size = w.end, w.end
+	return nil
 }
 
 func (img *image) placeBlock(block int64) (int64, error) {
@@ -342,16 +346,6 @@ func (img *image) Finish(ctx context.Context) error {
 		return errNotWriting
 	}
 	w.begun = false
-	if w.natural >= 0 && w.touched {
-		// The last block of a fixed image is whole too.
-		end := w.natural + img.geo.blocks*img.geo.blockSize
-		if end > img.file.fileSize {
-			if err := img.file.File.Truncate(end); err != nil {
-				return err
-			}
-			img.setSize(end)
-		}
-	}
 	var changed []int64
 	for n, p := range w.pages {
 		if p.changed {
