@@ -26,7 +26,7 @@ PLUGINS     := $(notdir $(PLUGIN_DIRS))
 PROGRAMS    := $(wildcard ./cmd/instar) $(addprefix ./,$(PLUGIN_DIRS))
 PLATFORMS   := linux/amd64 linux/arm64 darwin/arm64
 
-SCRIPTS     := .ci/run .ci/oracles .ci/fuzz packaging/build packaging/completions
+SCRIPTS     := .ci/run .ci/oracles .ci/fuzz packaging/build packaging/share
 
 # Packages whose tests drive the built programs.
 INTEGRATION := ./cmd/... ./test/...
@@ -56,9 +56,7 @@ install: build ## Install below PREFIX=/usr/local (DESTDIR= is honoured)
 		install -m 755 bin/$$p $(DESTDIR)$(PREFIX)/libexec/instar/$$p; \
 		install -m 644 bin/$$p.json $(DESTDIR)$(PREFIX)/libexec/instar/$$p.json; \
 	done
-	packaging/completions $(CURDIR)/bin/instar $(DESTDIR)$(PREFIX)/share
-	install -d -m 755 $(DESTDIR)$(PREFIX)/share/man/man1
-	install -m 644 packaging/instar.1 $(DESTDIR)$(PREFIX)/share/man/man1/instar.1
+	packaging/share $(CURDIR)/bin/instar $(DESTDIR)$(PREFIX)/share
 
 .PHONY: cross
 cross: ## Build and vet for every supported platform, into dist/
