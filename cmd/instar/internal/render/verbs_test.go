@@ -44,30 +44,17 @@ func TestMap(t *testing.T) {
 				args = append(args, "-f", "raw")
 			}
 			wantJSON := o.run(t, dir, append(args, "--output", "json", file)...)
-			var parsed []struct {
-				Start, Length                   int64
-				Depth                           int
-				Present, Zero, Data, Compressed bool
-				Offset                          *int64
-			}
-			if err := json.Unmarshal([]byte(wantJSON), &parsed); err != nil {
-				t.Fatal(err)
-			}
 			var entries []MapEntry
-			for _, p := range parsed {
-				for p.Length > 0 {
-					n := p.Length
+			for _, e := range parseMap(t, wantJSON, chain) {
+				for e.Length > 0 {
+					piece := e
 					if rng.Intn(3) > 0 {
-						n = 1 + rng.Int63n(n)
+						piece.Length = 1 + rng.Int63n(e.Length)
 					}
-					e := MapEntry{Start: p.Start, Length: n, Depth: p.Depth, Present: p.Present, Zero: p.Zero, Data: p.Data, Compressed: p.Compressed}
-					if p.Offset != nil {
-						e.HasOffset, e.Offset, e.File = true, *p.Offset, chain[p.Depth]
-						*p.Offset += n
-					}
-					entries = append(entries, e)
-					p.Start += n
-					p.Length -= n
+					entries = append(entries, piece)
+					e.Start += piece.Length
+					e.Offset += piece.Length
+					e.Length -= piece.Length
 				}
 			}
 			got, err := renderMap(entries, true, Style{Layout: o.layout})
@@ -92,6 +79,28 @@ func TestMap(t *testing.T) {
 			t.Errorf("qemu-img %s: an empty range is %s, want %s", o.name, b.String(), want)
 		}
 	}
+}
+
+func parseMap(t *testing.T, text string, chain []string) []MapEntry {
+	t.Helper()
+	var parsed []struct {
+		Start, Length                   int64
+		Depth                           int
+		Present, Zero, Data, Compressed bool
+		Offset                          *int64
+	}
+	if err := json.Unmarshal([]byte(text), &parsed); err != nil {
+		t.Fatalf("%v in %q", err, text)
+	}
+	var entries []MapEntry
+	for _, p := range parsed {
+		e := MapEntry{Start: p.Start, Length: p.Length, Depth: p.Depth, Present: p.Present, Zero: p.Zero, Data: p.Data, Compressed: p.Compressed}
+		if p.Offset != nil {
+			e.HasOffset, e.Offset, e.File = true, *p.Offset, chain[p.Depth]
+		}
+		entries = append(entries, e)
+	}
+	return entries
 }
 
 func renderMap(entries []MapEntry, json bool, style Style) (string, error) {
