@@ -137,7 +137,11 @@ func emit(plan sdk.Plan, dir, name string) (path string, err error) {
 	return filepath.Join(dir, name), nil
 }
 
-// preallocate sets the length; falloc leaves holes, which read the same.
+// maxFull bounds the zeros that preallocate writes.
+const maxFull = 64 << 20
+
+// preallocate sets the length. What is not written is a hole, which reads the
+// same.
 func preallocate(f *os.File, want sdk.PlannedFile) error {
 	if want.Length == 0 {
 		return nil
@@ -148,13 +152,8 @@ func preallocate(f *os.File, want sdk.PlannedFile) error {
 	if want.Preallocation != sdk.PreallocFull {
 		return nil
 	}
-	zeros := make([]byte, 1<<20)
-	for off := int64(0); off < want.Length; off += int64(len(zeros)) {
-		if _, err := f.WriteAt(zeros[:min(int64(len(zeros)), want.Length-off)], off); err != nil {
-			return err
-		}
-	}
-	return nil
+	_, err := f.WriteAt(make([]byte, min(want.Length, maxFull)), 0)
+	return err
 }
 
 // Opened is an opened image with its files.
