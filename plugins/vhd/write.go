@@ -1,0 +1,344 @@
+package vhd
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"sync"
+
+	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/ondisk"
+)
+
+// writeUnit is the granularity of writing into blocks: that of file systems,
+// rather than the block, so that zeros inside a block stay holes.
+const writeUnit = 4096
+
+// pageEntries is how many table entries are loaded and written together.
+const pageEntries = 4096
+
+// writer is the state between BeginWrite and Finish. Blocks are added behind
+// the old end of the file, where everything reads as zeros, and nothing refers
+// to them before Finish has written the table.
+type writer struct {
+	mu       sync.Mutex
+	layout   layout
+	end      int64              // where the next block may begin
+	firstNew int64              // bitmap of the first new block, 0 for none
+	pages    map[int64][]uint32 // of the table, by first entry
+	dirty    map[int64]bool
+	inPlace  bool // the image had content before
+	// Of differencing disks, the bitmap of the block being written:
+	current int64 // -1 for none
+	entry   uint32
+	bits    []byte
+}
+
+// BeginWrite implements sdk.Writer.
+func (img *image) BeginWrite(_ context.Context, req sdk.WriteRequest) (sdk.WriteInfo, error) {
+	switch {
+	case !img.writable:
+		return sdk.WriteInfo{}, fmt.Errorf("VHD opened for reading: %w", sdk.ErrReadOnly)
+	case req.Compressed:
+		return sdk.WriteInfo{}, &sdk.Error{Text: "Compression not supported for this file format", Class: sdk.ErrUnsupported}
+	case len(img.damage) > 0:
+		return sdk.WriteInfo{}, fmt.Errorf("damaged VHD: %w: %w", img.damage[0], sdk.ErrReadOnly)
+	}
+	if img.footer.diskType == typeFixed {
+		// What the file holds already only the core knows.
+		return sdk.WriteInfo{Unit: sectorSize}, nil
+	}
+	img.writer = &writer{
+		layout:  newLayout(img.blockSize()),
+		end:     max(img.dataEnd, img.length),
+		pages:   map[int64][]uint32{},
+		dirty:   map[int64]bool{},
+		inPlace: img.used > 0,
+		current: -1,
+	}
+	if img.tailFrom >= img.dataEnd && img.tailOK {
+		img.writer.end = img.tailFrom
+	}
+	return sdk.WriteInfo{Unit: writeUnit, ReadsZero: img.used == 0 && !img.differencing()}, nil
+}
+
+// Place implements sdk.Writer.
+func (img *image) Place(_ context.Context, runs []sdk.Run) ([]sdk.Placement, error) {
+	var places []sdk.Placement
+	err := img.eachBlock(runs, func(block int64, r sdk.Run) error {
+		if img.footer.diskType == typeFixed {
+			places = append(places, sdk.Placement{Offset: r.Offset, Length: r.Length, HostOffset: r.Offset})
+			return nil
+		}
+		entry, _, err := img.allocate(block)
+		if err != nil {
+			return err
+		}
+		places = append(places, sdk.Placement{
+			Offset:     r.Offset,
+			Length:     r.Length,
+			HostOffset: img.dataAt(entry) + r.Offset - block*img.blockSize(),
+		})
+		return img.mark(block, entry, r)
+	})
+	return places, err
+}
+
+// Zero implements sdk.Writer. A dynamic disk's missing blocks are zeros; a
+// differencing disk has no other way than to store them.
+func (img *image) Zero(ctx context.Context, runs []sdk.Run) error {
+	return img.eachBlock(runs, func(block int64, r sdk.Run) error {
+		if img.footer.diskType == typeFixed {
+			return img.zero(ctx, r.Offset, r.Length)
+		}
+		entry, err := img.entry(block)
+		if err != nil {
+			return err
+		}
+		fresh := false
+		if entry == unallocated {
+			if !img.differencing() {
+				return nil
+			}
+			if entry, fresh, err = img.allocate(block); err != nil {
+				return err
+			}
+		}
+		if !fresh && !img.isNew(entry) {
+			if err := img.zero(ctx, img.dataAt(entry)+r.Offset-block*img.blockSize(), r.Length); err != nil {
+				return err
+			}
+		}
+		return img.mark(block, entry, r)
+	})
+}
+
+// Encode implements sdk.Writer: VHDs have no encoded form.
+func (img *image) Encode(context.Context, []sdk.Unit) error {
+	return fmt.Errorf("VHDs have no encoded form: %w", sdk.ErrUnsupported)
+}
+
+// eachBlock calls fn with the runs cut at the boundaries of blocks.
+func (img *image) eachBlock(runs []sdk.Run, fn func(block int64, r sdk.Run) error) error {
+	if img.footer.diskType != typeFixed {
+		if img.writer == nil {
+			return fmt.Errorf("write outside of BeginWrite and Finish: %w", sdk.ErrInvalid)
+		}
+		img.writer.mu.Lock()
+		defer img.writer.mu.Unlock()
+	}
+	for _, r := range runs {
+		if r.Length <= 0 || !ondisk.Within(r.Offset, r.Length, img.size) || r.Offset%sectorSize != 0 || r.Length%sectorSize != 0 {
+			return fmt.Errorf("run %#x+%#x in a disk of %#x bytes: %w", r.Offset, r.Length, img.size, sdk.ErrInvalid)
+		}
+		if img.footer.diskType == typeFixed {
+			if err := fn(0, r); err != nil {
+				return err
+			}
+			continue
+		}
+		for at, end := r.Offset, r.Offset+r.Length; at < end; {
+			block := at / img.blockSize()
+			next := min(end, (block+1)*img.blockSize())
+			if err := fn(block, sdk.Run{Offset: at, Length: next - at}); err != nil {
+				return err
+			}
+			at = next
+		}
+	}
+	return nil
+}
+
+// page returns the entries from first on, loaded once.
+func (img *image) page(block int64) (page []uint32, first int64, err error) {
+	w := img.writer
+	first = block / pageEntries * pageEntries
+	if page, ok := w.pages[first]; ok {
+		return page, first, nil
+	}
+	n := min(pageEntries, int64(img.header.entries)-first)
+	b := make([]byte, 4*n)
+	if _, err := img.file.ReadAt(b, int64(img.header.tableOffset)+4*first); err != nil {
+		return nil, 0, fmt.Errorf("block allocation table: read %d entries from %d: %w", n, first, err)
+	}
+	page = make([]uint32, n)
+	for i := range page {
+		page[i] = binary.BigEndian.Uint32(b[4*i:])
+	}
+	w.pages[first] = page
+	return page, first, nil
+}
+
+func (img *image) entry(block int64) (uint32, error) {
+	page, first, err := img.page(block)
+	if err != nil {
+		return 0, err
+	}
+	return page[block-first], nil
+}
+
+// allocate returns the table entry of a block, a new one where there is none.
+func (img *image) allocate(block int64) (entry uint32, fresh bool, err error) {
+	w := img.writer
+	page, first, err := img.page(block)
+	if err != nil {
+		return 0, false, err
+	}
+	if entry = page[block-first]; entry != unallocated {
+		return entry, false, img.checkEntry(block, entry)
+	}
+	at := w.layout.next(w.end)
+	if !addressable(at) {
+		return 0, false, fmt.Errorf("block %d: no space below 2 TiB in the file: %w", block, sdk.ErrTooBig)
+	}
+	// A dynamic disk's block is all its own; of a differencing disk's, the
+	// sectors that are written. An old footer may lie here.
+	bits := bytes.Repeat([]byte{0xff}, int(img.bitmap))
+	if img.differencing() {
+		clear(bits)
+	}
+	if _, err := img.file.WriteAt(bits, at); err != nil {
+		return 0, false, fmt.Errorf("block %d: write bitmap: %w", block, err)
+	}
+	w.end = at + img.bitmap + img.blockSize()
+	if w.firstNew == 0 {
+		w.firstNew = at
+	}
+	entry = uint32(at / sectorSize)
+	page[block-first] = entry
+	w.dirty[first] = true
+	return entry, true, nil
+}
+
+// isNew reports whether a block was added since BeginWrite.
+func (img *image) isNew(entry uint32) bool {
+	return img.writer.firstNew != 0 && int64(entry)*sectorSize >= img.writer.firstNew
+}
+
+// checkEntry refuses blocks that lie on metadata: writing to them would destroy
+// the image.
+func (img *image) checkEntry(block int64, entry uint32) error {
+	if img.isNew(entry) {
+		return nil
+	}
+	lo, hi := int64(entry)*sectorSize, img.dataAt(entry)+img.blockSize()
+	for _, m := range img.metadata() {
+		if lo < m.end && m.start < hi {
+			return fmt.Errorf("block %d: host range %#x to %#x overlaps the %s: %w", block, lo, hi, m.what, sdk.ErrCorrupt)
+		}
+	}
+	return nil
+}
+
+// mark notes in a differencing disk's bitmap that the run's sectors are in this
+// disk.
+func (img *image) mark(block int64, entry uint32, r sdk.Run) error {
+	if !img.differencing() {
+		return nil
+	}
+	w := img.writer
+	if w.current != block {
+		if err := img.flushBitmap(); err != nil {
+			return err
+		}
+		bits, err := img.readBitmap(entry, 0, img.bitmap)
+		if err != nil {
+			return fmt.Errorf("block %d: %w", block, err)
+		}
+		w.current, w.entry, w.bits = block, entry, bits
+	}
+	base := block * img.blockSize()
+	for s := (r.Offset - base) / sectorSize; s < (r.Offset+r.Length-base)/sectorSize; s++ {
+		w.bits[s/8] |= 0x80 >> (s % 8)
+	}
+	return nil
+}
+
+func (img *image) flushBitmap() error {
+	w := img.writer
+	if w.current < 0 {
+		return nil
+	}
+	if _, err := img.file.WriteAt(w.bits, int64(w.entry)*sectorSize); err != nil {
+		return fmt.Errorf("block %d: write bitmap: %w", w.current, err)
+	}
+	w.current = -1
+	return nil
+}
+
+// zero writes zeros, leaving alone what holds zeros already, so that holes stay
+// holes.
+func (img *image) zero(ctx context.Context, off, n int64) error {
+	buf := make([]byte, min(n, 1<<20))
+	zeros := make([]byte, len(buf))
+	for n > 0 {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		b := buf[:min(n, int64(len(buf)))]
+		got, err := img.file.ReadAt(b, off)
+		if err != nil && !errors.Is(err, io.EOF) {
+			return fmt.Errorf("read %#x bytes at %#x: %w", len(b), off, err)
+		}
+		if !bytes.Equal(b[:got], zeros[:got]) {
+			if _, err := img.file.WriteAt(zeros[:got], off); err != nil {
+				return fmt.Errorf("zero %#x bytes at %#x: %w", got, off, err)
+			}
+		}
+		off, n = off+int64(len(b)), n-int64(len(b))
+	}
+	return nil
+}
+
+// Finish implements sdk.Writer. The new trailing footer comes first, then the
+// table, so that an image interrupted here is the old one with a longer file.
+func (img *image) Finish(ctx context.Context) error {
+	if img.footer.diskType == typeFixed {
+		return nil // the footer is where it was
+	}
+	w := img.writer
+	if w == nil {
+		return fmt.Errorf("Finish without BeginWrite: %w", sdk.ErrInvalid)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := img.flushBitmap(); err != nil {
+		return err
+	}
+	img.writer = nil
+	if w.firstNew == 0 {
+		return nil
+	}
+	if _, err := img.file.WriteAt(img.footer.append(nil), w.end); err != nil {
+		return fmt.Errorf("write footer: %w", err)
+	}
+	if err := img.file.Truncate(w.end + footerSize); err != nil {
+		return fmt.Errorf("set file length: %w", err)
+	}
+	if w.inPlace {
+		if err := img.file.Sync(); err != nil {
+			return err
+		}
+	}
+	for _, first := range slices.Sorted(maps.Keys(w.dirty)) {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if _, err := img.file.WriteAt(appendTable(nil, w.pages[first]), int64(img.header.tableOffset)+4*first); err != nil {
+			return fmt.Errorf("write block allocation table: %w", err)
+		}
+	}
+	// What of the old footer the first new block has not overwritten.
+	if n := min(w.firstNew-img.tailFrom, footerSize); img.tailOK && img.tailFrom >= img.dataEnd && n > 0 {
+		if _, err := img.file.WriteAt(make([]byte, n), img.tailFrom); err != nil {
+			return fmt.Errorf("clear the old footer: %w", err)
+		}
+	}
+	img.length, img.tailFrom, img.dataEnd = w.end+footerSize, w.end, w.end
+	return nil
+}
