@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -243,8 +244,9 @@ func (a *app) formatOrFallback(s *session.Session, name, filename string) (*disc
 	return p, nil
 }
 
-// settings merges the command line: flags, positionals, -b and -F first, then
-// what -o says, which wins.
+// settings collects the command line: flags, positionals, -b and -F first, then
+// what -o says, which wins when the schema validates them. Values overridden are
+// checked too, so nothing is merged before.
 func (f *createFlags) settings(args []string, schema option.Schema, fromO []option.Setting) ([]option.Setting, error) {
 	own := f.keys.settings
 	if len(args) == 2 {
@@ -265,7 +267,7 @@ func (f *createFlags) settings(args []string, schema option.Schema, fromO []opti
 		}
 		own = append(own, option.Setting{Key: x.key, Value: x.value})
 	}
-	return option.Merge(own, fromO), nil
+	return append(slices.Clip(own), fromO...), nil
 }
 
 // errImageSize is qemu-img's message for a SIZE that is no number.

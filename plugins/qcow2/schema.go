@@ -41,7 +41,7 @@ func schema() option.Schema {
 		{Name: keySize, Type: option.Size, Help: "Virtual disk size"},
 		// All four spellings stand in Allowed, so that the value is printed as
 		// the user wrote it.
-		{Name: keyCompat, Type: option.Enum, Allowed: []string{"0.10", "1.1", "v2", "v3"}, Help: "Compatibility level (v2 [0.10] or v3 [1.1])"},
+		{Name: keyCompat, Type: option.Enum, Allowed: []string{"0.10", "1.1", "v2", "v3"}, RangeText: "Parameter 'version' does not accept value '%s'", Help: "Compatibility level (v2 [0.10] or v3 [1.1])"},
 		{Name: keyBackingFile, Type: option.String, Help: "File name of a base image"},
 		{Name: keyBackingFmt, Type: option.String, Help: "Image format of the base image"},
 		{Name: "data_file", Type: option.String, Help: "File name of an external data file", Disposition: option.Deferred, Reason: dataFileReason},
