@@ -186,8 +186,11 @@ type Extent struct {
 	// EncodedLength is the number of host bytes of an Encoded extent.
 	EncodedLength int64
 	// Sparse marks Data whose host range may have holes that read as zeros
-	// (preallocated metadata), so that a caller may look for them.
+	// (preallocated metadata, flat extents), so that a caller may look for them.
 	Sparse bool
+	// Raw marks Sparse Data of which the file alone tells whether it is data: its
+	// holes are zeros of the disk, not zeros in data (raw, fixed VHD).
+	Raw bool
 }
 
 // Decoder is implemented by images that yield Encoded extents.
@@ -414,9 +417,9 @@ type PlanInfo struct {
 type Preallocation uint8
 
 const (
-	PreallocOff   Preallocation = iota // length only, no blocks
-	PreallocFalloc                     // blocks reserved (posix_fallocate)
-	PreallocFull                       // zeros written
+	PreallocOff    Preallocation = iota // length only, no blocks
+	PreallocFalloc                      // blocks reserved (posix_fallocate)
+	PreallocFull                        // zeros written
 )
 
 // PlannedFile is a file wanted by a plan. The first has RoleMain.

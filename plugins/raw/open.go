@@ -65,7 +65,7 @@ func (img *image) Map(ctx context.Context, off, length int64, yield func([]sdk.E
 	}
 	var extents []sdk.Extent
 	if n := min(off+length, img.length) - off; n > 0 {
-		extents = append(extents, sdk.Extent{Offset: off, Length: n, Kind: sdk.Data, HostOffset: off, Sparse: true})
+		extents = append(extents, sdk.Extent{Offset: off, Length: n, Kind: sdk.Data, HostOffset: off, Sparse: true, Raw: true})
 	}
 	if at := max(off, img.length); at < off+length {
 		extents = append(extents, sdk.Extent{Offset: at, Length: off + length - at, Kind: sdk.Zero, HostOffset: at})

@@ -272,6 +272,7 @@ const (
 	attrKind      = 0xf
 	attrSparse    = 1 << 4
 	attrHost      = 1 << 5
+	attrRaw       = 1 << 6
 	attrFileShift = 8
 )
 
@@ -282,6 +283,9 @@ func AppendExtents(r *pb.MapImageResponse, extents []sdk.Extent) {
 		attr := uint64(e.Kind)
 		if e.Sparse {
 			attr |= attrSparse
+		}
+		if e.Raw {
+			attr |= attrRaw
 		}
 		if e.HostOffset >= 0 && e.Kind != sdk.Absent {
 			attr |= attrHost | uint64(e.File)<<attrFileShift
@@ -305,7 +309,7 @@ func FromExtents(dst []sdk.Extent, r *pb.MapImageResponse, off, end int64) ([]sd
 	host, enc := r.GetHostOffset(), r.GetEncodedLength()
 	for i, l := range r.GetLength() {
 		attr := r.GetAttributes()[i]
-		e := sdk.Extent{Offset: off, Kind: sdk.ExtentKind(attr & attrKind), Sparse: attr&attrSparse != 0, HostOffset: -1}
+		e := sdk.Extent{Offset: off, Kind: sdk.ExtentKind(attr & attrKind), Sparse: attr&attrSparse != 0, Raw: attr&attrRaw != 0, HostOffset: -1}
 		if l == 0 || l > uint64(end-off) {
 			return nil, fmt.Errorf("plugin sent an extent of %d bytes at %#x, beyond the range asked for (%#x)", l, off, end)
 		}

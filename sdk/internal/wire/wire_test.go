@@ -19,7 +19,7 @@ func TestExtentsRoundTrip(t *testing.T) {
 		{Offset: 512, Length: 1, Kind: sdk.Absent, HostOffset: -1},
 		{Offset: 513, Length: 1 << 40, Kind: sdk.Zero, HostOffset: -1},
 		{Offset: 513 + 1<<40, Length: 7, Kind: sdk.Zero, File: 2, HostOffset: 0},
-		{Offset: 520 + 1<<40, Length: 9, Kind: sdk.Data, File: 3, HostOffset: 1 << 50, Sparse: true},
+		{Offset: 520 + 1<<40, Length: 9, Kind: sdk.Data, File: 3, HostOffset: 1 << 50, Sparse: true, Raw: true},
 		{Offset: 529 + 1<<40, Length: 11, Kind: sdk.Encoded, HostOffset: 77, EncodedLength: 5},
 	}
 	var r pb.MapImageResponse

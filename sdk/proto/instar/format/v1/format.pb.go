@@ -2286,7 +2286,7 @@ type MapImageResponse struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Length []uint64               `protobuf:"varint,1,rep,packed,name=length,proto3" json:"length,omitempty"`
 	// attributes: kind in bits 0-3, sparse in bit 4, "has host offset" in bit 5,
-	// file index from bit 8.
+	// raw in bit 6, file index from bit 8.
 	Attributes []uint64 `protobuf:"varint,2,rep,packed,name=attributes,proto3" json:"attributes,omitempty"`
 	// host_offset and encoded_length of those extents that have them, in order.
 	HostOffset    []uint64 `protobuf:"varint,3,rep,packed,name=host_offset,json=hostOffset,proto3" json:"host_offset,omitempty"`
