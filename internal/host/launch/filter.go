@@ -17,7 +17,7 @@ const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUT
 // refused, because a plugin's run-time system is not known here. It must let
 // through what starting the process takes. core is the core's process id.
 func firstFilter(core int) *confine.Filter {
-	f := confine.NewFilter()
+	f := confine.NewFilter(confine.Allow)
 	refuse := confine.Fail(unix.EPERM)
 
 	// Other processes.
@@ -89,6 +89,5 @@ func firstFilter(core int) *confine.Filter {
 		unix.SYS_IO_SETUP, unix.SYS_VMSPLICE, unix.SYS_LOOKUP_DCOOKIE)
 
 	f.On(refuse, refusedHere...)
-	f.Otherwise(confine.Allow)
 	return f
 }

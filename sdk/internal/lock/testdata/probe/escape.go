@@ -215,4 +215,3 @@ func openDescriptors() string {
 	}
 	return b.String()
 }
-
