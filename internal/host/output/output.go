@@ -217,7 +217,7 @@ func (fl *file) open(opts Options) error {
 	}
 	if fl.old == nil {
 		fl.way = byLink
-		if fl.f, fl.tmp, err = temporary(fl.dir, fl.base, opts); err != nil {
+		if fl.f, fl.tmp, err = temporary(fl, opts); err != nil {
 			return cannotCreate(fl.path, err)
 		}
 		fl.hint(opts)
@@ -242,7 +242,7 @@ func (fl *file) stage(opts Options) error {
 	fl.way = byRename
 	why := irreplaceable(fl.dir, fl.base, fl.old)
 	var err error
-	if fl.f, fl.tmp, err = temporary(fl.dir, fl.base, opts); err == nil {
+	if fl.f, fl.tmp, err = temporary(fl, opts); err == nil {
 		if kept := keepAttributes(fl.old, fl.f); kept != nil && why == "" {
 			why = "a new file cannot be given its attributes (" + errno.Reason(kept) + ")"
 		}
@@ -250,7 +250,7 @@ func (fl *file) stage(opts Options) error {
 		if why == "" {
 			why = "its directory cannot be written (" + errno.Reason(err) + ")"
 		}
-		if fl.f, err = temporaryElsewhere(); err != nil {
+		if fl.f, err = temporaryElsewhere(fl.path); err != nil {
 			return &errno.Error{Text: "Could not create a temporary file in '" + os.TempDir() + "' (set TMPDIR to another directory)", Err: err}
 		}
 	} else {
@@ -279,34 +279,34 @@ func (fl *file) hint(opts Options) {
 	}
 }
 
-// temporary makes a file in dir that can become base there: without a name
-// where that works.
-func temporary(dir *os.File, base string, opts Options) (*os.File, string, error) {
+// temporary makes a file in fl's directory that can take its name there:
+// without a name so far where that works, else it returns the one it has.
+func temporary(fl *file, opts Options) (*os.File, string, error) {
 	if err := opts.fail("temporary"); err != nil {
 		return nil, "", err
 	}
 	if !opts.noTmpfile {
-		f, err := unnamed(dir)
+		f, err := unnamed(fl.dir, fl.path)
 		if err == nil || !errors.Is(err, errors.ErrUnsupported) {
 			return f, "", err
 		}
 	}
 	var f *os.File
-	name, err := sibling(base, func(name string) (err error) {
-		f, err = openat(dir, name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW, 0o644)
+	name, err := sibling(fl.base, func(name string) (err error) {
+		f, err = openat(fl.dir, name, fl.path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW, 0o644)
 		return err
 	})
 	return f, name, err
 }
 
 // temporaryElsewhere makes a file without a name in os.TempDir.
-func temporaryElsewhere() (*os.File, error) {
+func temporaryElsewhere(shown string) (*os.File, error) {
 	dir, err := openDir(os.TempDir(), nil)
 	if err != nil {
 		return nil, err
 	}
 	defer dir.Close()
-	if f, err := unnamed(dir); err == nil || !errors.Is(err, errors.ErrUnsupported) {
+	if f, err := unnamed(dir, shown); err == nil || !errors.Is(err, errors.ErrUnsupported) {
 		return f, err
 	}
 	f, err := os.CreateTemp("", ".instar-")
@@ -616,11 +616,12 @@ func locate(path string) (dir *os.File, base string, err error) {
 // waiting for anybody. The kernel's rules for symbolic links in directories
 // that all may write apply.
 func openExisting(path string) (*os.File, error) {
-	return openat(nil, path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	return openat(nil, path, path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 }
 
-// openat opens name in dir; nil is the current directory.
-func openat(dir *os.File, name string, flags int, mode uint32) (*os.File, error) {
+// openat opens name in dir; nil is the current directory. shown is what errors
+// call it.
+func openat(dir *os.File, name, shown string, flags int, mode uint32) (*os.File, error) {
 	at := unix.AT_FDCWD
 	if dir != nil {
 		at = int(dir.Fd())
@@ -639,7 +640,7 @@ func openat(dir *os.File, name string, flags int, mode uint32) (*os.File, error)
 				return nil, err
 			}
 		}
-		return os.NewFile(uintptr(fd), name), nil
+		return os.NewFile(uintptr(fd), shown), nil
 	}
 }
 

@@ -14,7 +14,7 @@ import (
 // openDir opens a directory, as a place only: it need not be readable. name is
 // relative to dir; nil is the current directory.
 func openDir(name string, dir *os.File) (*os.File, error) {
-	return openat(dir, name, unix.O_PATH|unix.O_DIRECTORY, 0)
+	return openat(dir, name, name, unix.O_PATH|unix.O_DIRECTORY, 0)
 }
 
 // magicLinks reports whether the symbolic links in dir stand for open files.
@@ -24,9 +24,9 @@ func magicLinks(dir *os.File) bool {
 }
 
 // unnamed makes a file without a name in dir's file system, which can be given
-// one in dir. The error is errors.ErrUnsupported where that does not work.
-func unnamed(dir *os.File) (*os.File, error) {
-	f, err := openat(dir, ".", unix.O_TMPFILE|unix.O_RDWR, 0o644)
+// one in dir; errors call it shown. The error is errors.ErrUnsupported where that does not work.
+func unnamed(dir *os.File, shown string) (*os.File, error) {
+	f, err := openat(dir, ".", shown, unix.O_TMPFILE|unix.O_RDWR, 0o644)
 	if errors.Is(err, unix.EISDIR) || errors.Is(err, unix.EINVAL) {
 		return nil, errors.ErrUnsupported
 	}
@@ -110,7 +110,7 @@ func mayReplace(dir, old *os.File) error {
 // claimDevice opens the block device again, for us alone: one that is mounted
 // or belongs to another device is busy. f is closed.
 func claimDevice(f *os.File) (*os.File, error) {
-	claimed, err := openat(nil, procName(f), unix.O_RDWR|unix.O_EXCL|unix.O_NONBLOCK, 0)
+	claimed, err := openat(nil, procName(f), f.Name(), unix.O_RDWR|unix.O_EXCL|unix.O_NONBLOCK, 0)
 	f.Close()
 	if err != nil {
 		return nil, err
@@ -231,7 +231,7 @@ func punch(f *os.File, off, length int64) error {
 
 // syncDir puts the names in dir on stable storage, where its owner lets us.
 func syncDir(dir *os.File) {
-	if d, err := openat(dir, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0); err == nil {
+	if d, err := openat(dir, ".", ".", unix.O_RDONLY|unix.O_DIRECTORY, 0); err == nil {
 		_ = d.Sync()
 		d.Close()
 	}

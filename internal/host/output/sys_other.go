@@ -13,12 +13,12 @@ import (
 // contracts.
 
 func openDir(name string, dir *os.File) (*os.File, error) {
-	return openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	return openat(dir, name, name, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 }
 
 func magicLinks(*os.File) bool { return false }
 
-func unnamed(*os.File) (*os.File, error) { return nil, errors.ErrUnsupported }
+func unnamed(*os.File, string) (*os.File, error) { return nil, errors.ErrUnsupported }
 
 func giveName(_, dir *os.File, tmp, name string) error {
 	at := int(dir.Fd())
