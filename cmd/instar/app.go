@@ -100,6 +100,27 @@ func (a *app) terminal() bool {
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 
+// width returns the columns of the terminal, 80 where there is none.
+func (a *app) width() int {
+	if f, ok := a.out.(*os.File); ok {
+		if w, _, err := term.GetSize(int(f.Fd())); err == nil && w > 0 {
+			return w
+		}
+	}
+	return 80
+}
+
+// openSource opens the image that a reading verb works on.
+func (a *app) openSource(ctx context.Context, f *sourceFlags, name string, opts image.Options) (*image.Chain, error) {
+	opener, err := a.opener()
+	if err != nil {
+		return nil, err
+	}
+	opener.Shared = f.shared
+	opts.Format = f.format
+	return opener.Open(ctx, name, opts)
+}
+
 // session returns the run's session, with the plugins found.
 func (a *app) session() (*session.Session, error) {
 	if a.current != nil {
@@ -143,6 +164,6 @@ func (a *app) rootCommand() *cobra.Command {
 	root.SetErr(a.err)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err.Error()} })
 	root.PersistentFlags().BoolVarP(&a.verbose, "verbose", "v", false, "say what is done beside the result, on standard error")
-	root.AddCommand(a.createCommand(), a.infoCommand(), a.pluginCommand())
+	root.AddCommand(a.createCommand(), a.infoCommand(), a.mapCommand(), a.checkCommand(), a.measureCommand(), a.pluginCommand())
 	return root
 }

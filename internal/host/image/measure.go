@@ -1,0 +1,50 @@
+package image
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/instar-img/instar/sdk"
+)
+
+// Measure computes the host space of a planned image that gets the content of
+// source, or of an empty one where source is nil.
+func Measure(ctx context.Context, plan sdk.Plan, source *Chain) (sdk.MeasureResult, error) {
+	m, ok := plan.(sdk.Measurer)
+	if !ok {
+		return sdk.MeasureResult{}, fmt.Errorf("format driver does not support measurement: %w", sdk.ErrUnsupported)
+	}
+	var req sdk.MeasureRequest
+	if source != nil {
+		units, err := source.allocatedUnits(ctx, max(1, plan.Info().AllocationUnit))
+		if err != nil {
+			return sdk.MeasureResult{}, err
+		}
+		req.AllocatedUnits = units
+	}
+	return m.Measure(ctx, req)
+}
+
+// allocatedUnits counts the units of so many bytes that hold data.
+func (c *Chain) allocatedUnits(ctx context.Context, unit int64) (int64, error) {
+	var count int64
+	counted := int64(-1) // the last unit counted
+	err := c.Map(ctx, 0, c.VirtualSize(), SplitHoles(func(extents []Extent) bool {
+		for i := range extents {
+			e := &extents[i]
+			if e.Zero() {
+				continue
+			}
+			first, last := e.Offset/unit, (e.Offset+e.Length-1)/unit
+			if first == counted {
+				first++
+			}
+			if last >= first {
+				count += last - first + 1
+				counted = last
+			}
+		}
+		return true
+	}))
+	return count, err
+}
