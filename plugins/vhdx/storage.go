@@ -35,7 +35,12 @@ func newStorage(f sdk.File) (*storage, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &storage{File: f, fileSize: size, size: size}, nil
+	// Half a sector at the end counts as a whole one, as it does for qemu-img.
+	whole, ok := ondisk.AlignUp(size, 512)
+	if !ok {
+		return nil, fmt.Errorf("file of %d bytes: %w", size, sdk.ErrTooBig)
+	}
+	return &storage{File: f, fileSize: size, size: whole}, nil
 }
 
 // Size is the length after replay.
