@@ -116,9 +116,18 @@ func (a *app) openSource(ctx context.Context, f *sourceFlags, name string, opts 
 	if err != nil {
 		return nil, err
 	}
-	opener.Shared = f.shared
-	opts.Format = f.format
-	return opener.Open(ctx, name, opts)
+	source, err := f.parse(name)
+	if err != nil {
+		return nil, err
+	}
+	opener.Shared = f.shared || source.Shared
+	opts.Format, opts.Overrides = source.Format, source.Overrides
+	if source.Protocol {
+		if p := opener.Session.Plugins.Fallback(); p != nil {
+			opts.Format = p.Manifest.Name
+		}
+	}
+	return opener.Open(ctx, source.Path, opts)
 }
 
 // session returns the run's session, with the plugins found.

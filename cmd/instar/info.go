@@ -25,14 +25,14 @@ type infoFlags struct {
 func (a *app) infoCommand() *cobra.Command {
 	var f infoFlags
 	cmd := &cobra.Command{
-		Use:   "info [-f FMT] [--output human|json] [--backing-chain] [-U] FILENAME",
+		Use:   "info [-f FMT] [--output human|json] [--backing-chain] [-U] FILENAME...",
 		Short: "Describe a disk image",
 		RunE:  func(cmd *cobra.Command, args []string) error { return a.info(cmd.Context(), &f, args) },
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	f.source.register(flags)
-	flags.StringVar(&f.output, "output", "human", "form of the result: human or json")
+	flags.StringVar(&f.output, "output", "human", "form of the result: human, json, or ndjson (a line for each image)")
 	flags.BoolVar(&f.chain, "backing-chain", false, "describe the backing files too")
 	registerLayout(flags, &f.layout)
 	return cmd
@@ -40,13 +40,30 @@ func (a *app) infoCommand() *cobra.Command {
 
 // sourceFlags say which image a reading verb opens, and how.
 type sourceFlags struct {
-	format string
-	shared bool
+	format    string
+	shared    bool
+	imageOpts bool
 }
 
 func (f *sourceFlags) register(flags *pflag.FlagSet) {
 	flags.StringVarP(&f.format, "format", "f", "", "format of the image; detected where not given")
 	flags.BoolVarP(&f.shared, "force-share", "U", false, "open an image that another process uses")
+	flags.BoolVar(&f.imageOpts, "image-opts", false, "FILENAME is driver=FMT,file.filename=PATH,...")
+}
+
+// parse says what an argument names.
+func (f *sourceFlags) parse(name string) (*image.Source, error) {
+	if f.imageOpts {
+		if f.format != "" {
+			return nil, usagef("--image-opts and --format are mutually exclusive")
+		}
+		return image.ParseImageOptions(name)
+	}
+	source, err := image.ParseName(name)
+	if err == nil && f.format != "" {
+		source.Format = f.format
+	}
+	return source, err
 }
 
 // registerLayout adds the flag that selects whose output layout is followed.
@@ -92,43 +109,80 @@ func checkOutput(output string) error {
 
 // info is the verb.
 func (a *app) info(ctx context.Context, f *infoFlags, args []string) error {
-	if err := checkOutput(f.output); err != nil {
-		return err
+	if f.output != "human" && f.output != "json" && f.output != "ndjson" {
+		return usagef("--output must be used with human, json or ndjson as argument.")
 	}
-	if len(args) != 1 {
+	if len(args) == 0 {
 		return usagef("Expecting one image file name")
 	}
 	style, err := a.style(f.layout)
 	if err != nil {
 		return err
 	}
-	opener, err := a.opener()
+	work := func(ctx context.Context, name string) ([]render.Image, error) { return a.describeChain(ctx, f, name) }
+	if len(args) == 1 && f.output != "ndjson" {
+		images, err := work(ctx, args[0])
+		if err != nil {
+			return err
+		}
+		switch {
+		case f.output == "human":
+			fmt.Fprint(a.out, render.InfoText(images, style))
+		case f.chain:
+			fmt.Fprintf(a.out, "%s", render.InfoArrayJSON(images, style))
+		default:
+			fmt.Fprintf(a.out, "%s", render.InfoJSON(images[0], style))
+		}
+		return nil
+	}
+	// Of many images, each is an element: with --backing-chain an array itself.
+	var objects []any
+	printed := false
+	err = each(ctx, a, args, work, func(images []render.Image) error {
+		var element any = images[0].Object(style)
+		if f.chain {
+			chain := make([]any, len(images))
+			for i := range images {
+				chain[i] = images[i].Object(style)
+			}
+			element = chain
+		}
+		switch f.output {
+		case "human":
+			if printed {
+				fmt.Fprintln(a.out)
+			}
+			printed = true
+			fmt.Fprint(a.out, render.InfoText(images, style))
+		case "ndjson":
+			fmt.Fprintf(a.out, "%s", render.Line(element))
+		default:
+			objects = append(objects, element)
+		}
+		return nil
+	})
+	if f.output == "json" {
+		fmt.Fprintf(a.out, "%s", render.Pretty(objects))
+	}
+	return err
+}
+
+// describeChain opens one image and collects what info shows of it.
+func (a *app) describeChain(ctx context.Context, f *infoFlags, name string) ([]render.Image, error) {
+	chain, err := a.openSource(ctx, &f.source, name, image.Options{Backing: f.chain})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	opener.Shared = f.source.shared
-	chain, err := opener.Open(ctx, args[0], image.Options{Format: f.source.format, Backing: f.chain})
-	if err != nil {
-		return err
+	defer chain.Release()
+	images := make([]render.Image, len(chain.Layers))
+	for i, layer := range chain.Layers {
+		images[i] = describe(layer)
 	}
-	defer chain.Close()
-	var images []render.Image
-	for _, layer := range chain.Layers {
-		images = append(images, describe(opener, layer))
-	}
-	switch {
-	case f.output == "human":
-		fmt.Fprint(a.out, render.InfoText(images, style))
-	case f.chain:
-		fmt.Fprintf(a.out, "%s", render.InfoArrayJSON(images, style))
-	default:
-		fmt.Fprintf(a.out, "%s", render.InfoJSON(images[0], style))
-	}
-	return nil
+	return images, nil
 }
 
 // describe collects what info shows of a layer.
-func describe(opener *image.Opener, layer *image.Layer) render.Image {
+func describe(layer *image.Layer) render.Image {
 	m := render.Image{
 		Filename: layer.Path, Format: layer.Format(), Info: layer.Info,
 		ActualSize: layer.AllocatedSize(), Paths: map[string]string{},
@@ -143,7 +197,7 @@ func describe(opener *image.Opener, layer *image.Layer) render.Image {
 	}
 	if ref, ok := layer.Backing(); ok {
 		m.BackingFilename, m.BackingFormat = ref.Name, ref.Format
-		m.FullBackingFilename = opener.FullName(layer, ref)
+		m.FullBackingFilename = layer.FullName(ref)
 	}
 	return m
 }

@@ -51,5 +51,5 @@ func (l *Layer) AllocatedSize() int64 {
 	return sum
 }
 
-// FullName is where a reference of a layer leads.
-func (o *Opener) FullName(l *Layer, ref sdk.Reference) string { return gate.Resolve(l.Path, ref.Name) }
+// FullName is where a reference of the layer leads.
+func (l *Layer) FullName(ref sdk.Reference) string { return gate.Resolve(l.Path, ref.Name) }

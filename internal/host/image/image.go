@@ -35,9 +35,8 @@ type Options struct {
 	Check     bool   // open what can be opened
 	Snapshot  string // internal snapshot, empty for the active state
 	Backing   bool   // open the chain of backing files too
-	// BackingFormats and BackingPaths override what images say of their backing
-	// files, by depth, from image options; "" leaves it to the image.
-	Backings []Override
+	// Overrides replace what images say of their backing files, by depth.
+	Overrides []Override
 }
 
 // Override replaces what an image says of its backing file.
@@ -77,7 +76,7 @@ func (l *Layer) Backing() (sdk.Reference, bool) {
 	return sdk.Reference{}, false
 }
 
-// Close drops the image and its files.
+// Close closes the files. The plugin keeps its own until Release, or its end.
 func (l *Layer) Close() {
 	for _, f := range l.Files {
 		f.Close()
@@ -99,6 +98,15 @@ func (c *Chain) Close() {
 	}
 }
 
+// Release closes all layers in their plugins too: for runs that open many
+// images, where ending the plugin comes late.
+func (c *Chain) Release() {
+	for _, l := range c.Layers {
+		_ = l.Image.Close() // a plugin that is gone has nothing open
+	}
+	c.Close()
+}
+
 // Open opens the image at path and, where asked for, its chain.
 func (o *Opener) Open(ctx context.Context, path string, opts Options) (*Chain, error) {
 	walk := o.Gate.NewWalk()
@@ -114,7 +122,7 @@ func (o *Opener) Open(ctx context.Context, path string, opts Options) (*Chain, e
 	if !opts.Backing {
 		return chain, nil
 	}
-	if err := o.openBackings(ctx, walk, chain, opts.Backings); err != nil {
+	if err := o.openBackings(ctx, walk, chain, opts.Overrides); err != nil {
 		chain.Close()
 		return nil, err
 	}
