@@ -32,6 +32,8 @@ type image struct {
 	l1Offset int64
 	l1Size   int64
 
+	decoders decoders
+
 	mu       sync.Mutex // guards what follows
 	files    []sdk.NamedFile
 	cache    tableCache

@@ -34,10 +34,10 @@ func (im *image) detectPreallocated() (bool, error) {
 	if !ok || !fi.Mode().IsRegular() {
 		return false, nil
 	}
-	real := im.g.clusters(st.Blocks * 512)
+	real := st.Blocks * 512 / im.g.clusterSize
 	limit := max(real*10/9, real+2)
 	total := im.g.clusters(fi.Size())
-	if total <= limit {
+	if total < limit {
 		return false, nil
 	}
 	// Count clusters in use until there are too many.
@@ -59,7 +59,7 @@ func (im *image) detectPreallocated() (bool, error) {
 				used++
 			}
 		}
-		if used > limit {
+		if used >= limit {
 			return true, nil
 		}
 	}
