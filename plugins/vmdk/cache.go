@@ -84,3 +84,13 @@ func (c *tableCache) page(n int64) (*page, error) {
 	c.pages[n] = p
 	return p, nil
 }
+
+// drop forgets what was read, and takes note of the file's length.
+func (c *tableCache) drop() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	clear(c.pages)
+	if size, err := c.file.Size(); err == nil {
+		c.size = size
+	}
+}

@@ -26,6 +26,7 @@ type image struct {
 	createType string
 
 	layout atomic.Pointer[layout]
+	writer writer
 }
 
 // layout is what the files attached so far make of the descriptor.

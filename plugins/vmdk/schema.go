@@ -51,13 +51,13 @@ func (format) Describe() sdk.Description {
 	}
 }
 
-var capabilities = []string{sdk.CapOpen, sdk.CapCreate}
+var capabilities = []string{sdk.CapOpen, sdk.CapCreate, sdk.CapCheck, sdk.CapWrite, sdk.CapDecode}
 
 // Bounds of grain_size in bytes. The specification asks for more than 8
-// sectors; what is larger than 2 MiB gains nothing and has to fit the window
-// through which compressed grains pass.
+// sectors, and libvmdk insists; what is larger than 2 MiB gains nothing and has
+// to fit the window through which compressed grains pass.
 const (
-	minGrainSize     = 4 << 10
+	minGrainSize     = 8 << 10
 	maxGrainSize     = 2 << 20
 	defaultGrainSize = 64 << 10
 )
