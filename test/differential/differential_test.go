@@ -197,7 +197,7 @@ func compareCreate(t *testing.T, instar, base string, c triple) bool {
 		t.Fatalf("made %v, qemu-img %v", made, files)
 	}
 	for _, name := range files {
-		where, err := differ(c.format, filepath.Join(theirs, name), filepath.Join(ours, name))
+		where, err := differ(c, filepath.Join(theirs, name), filepath.Join(ours, name))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -239,9 +239,12 @@ func compareInfo(t *testing.T, instar, dir, format string) {
 		{"info", "image"},
 	} {
 		want, got := run(t, dir, "qemu-img", args...), run(t, dir, instar, args...)
-		if want.code != got.code {
-			t.Errorf("%q: exit code %d, qemu-img's %d\n%s%s", args, got.code, want.code, got.stderr, want.stderr)
-		} else if diff := cmp.Diff(want.stdout, got.stdout); diff != "" && want.code == 0 {
+		if want.code != 0 {
+			continue // it cannot open every image that it makes; instar may
+		}
+		if got.code != 0 {
+			t.Errorf("%q: exit code %d\n%s", args, got.code, got.stderr)
+		} else if diff := cmp.Diff(want.stdout, got.stdout); diff != "" {
 			t.Errorf("%q (-qemu-img +instar):\n%s", args, diff)
 		}
 	}
