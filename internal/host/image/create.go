@@ -41,32 +41,48 @@ func (o *Opener) Create(ctx context.Context, req *CreateRequest) (*Created, erro
 	if err != nil {
 		return nil, err
 	}
-	plan, err := format.PlanCreate(ctx, sdk.CreateRequest{
-		Options: req.Values, Size: req.Size, Backing: req.Backing, BackingName: req.BackingName,
-		Name: filepath.Base(req.Path),
-	})
-	if err != nil {
-		return nil, err
-	}
-	set, files, err := begin(ctx, req, plan.Info())
+	plan, set, _, err := emit(ctx, format, req, TargetOptions{})
 	if err != nil {
 		return nil, err
 	}
 	defer set.Abort()
-	if err := plan.Emit(ctx, files); err != nil {
-		return nil, err
-	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
 	if err := set.Commit(); err != nil {
 		return nil, err
 	}
-	made := &Created{PlanInfo: plan.Info(), Paths: []string{req.Path}}
-	for _, p := range made.Files[1:] {
+	return req.created(plan.Info()), nil
+}
+
+// emit plans an image, makes its files and has the plugin write them.
+func emit(ctx context.Context, format sdk.Creator, req *CreateRequest, opts TargetOptions) (sdk.Plan, *output.Set, []sdk.NamedFile, error) {
+	plan, err := format.PlanCreate(ctx, sdk.CreateRequest{
+		Options: req.Values, Size: req.Size, Backing: req.Backing, BackingName: req.BackingName,
+		Name:       filepath.Base(req.Path),
+		Compressed: opts.Compressed, Reproducible: opts.Reproducible, Time: opts.Time,
+	})
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	set, files, err := begin(ctx, req, plan.Info())
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	if err := plan.Emit(ctx, files); err != nil {
+		set.Abort()
+		return nil, nil, nil, err
+	}
+	return plan, set, files, nil
+}
+
+// created says what a plan made.
+func (req *CreateRequest) created(plan sdk.PlanInfo) *Created {
+	made := &Created{PlanInfo: plan, Paths: []string{req.Path}}
+	for _, p := range plan.Files[1:] {
 		made.Paths = append(made.Paths, filepath.Join(filepath.Dir(req.Path), p.Name))
 	}
-	return made, nil
+	return made
 }
 
 // begin makes the files that a plan wants.

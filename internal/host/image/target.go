@@ -1,0 +1,144 @@
+package image
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+
+	"github.com/instar-img/instar/internal/host/output"
+	"github.com/instar-img/instar/sdk"
+)
+
+// Target is an image that guest data is written into.
+type Target struct {
+	*Layer
+	Writer sdk.Writer
+	Write  sdk.WriteInfo
+	// Created says what was made, nil for an image that was there.
+	Created *Created
+
+	set *output.Set
+}
+
+// TargetOptions say how a target is written.
+type TargetOptions struct {
+	Compressed   bool
+	Reproducible bool
+	Time         int64 // seconds since the Unix epoch, where Reproducible
+}
+
+// CreateTarget makes an empty image that is not visible under its name before
+// Commit.
+func (o *Opener) CreateTarget(ctx context.Context, req *CreateRequest, opts TargetOptions) (_ *Target, err error) {
+	plugin := req.Plugin
+	for _, capability := range []string{sdk.CapCreate, sdk.CapOpen, sdk.CapWrite} {
+		if !plugin.Manifest.Has(capability) {
+			return nil, fmt.Errorf("Format driver '%s' does not support image creation", plugin.Manifest.Name)
+		}
+	}
+	format, err := o.Session.Format(ctx, plugin)
+	if err != nil {
+		return nil, err
+	}
+	plan, set, files, err := emit(ctx, format, req, opts)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			set.Abort()
+		}
+	}()
+	made := req.created(plan.Info())
+	layer := &Layer{Path: req.Path, Plugin: plugin}
+	for i, f := range files {
+		osf, _ := sdk.OSFile(f.File)
+		layer.Files = append(layer.Files, File{Role: f.Role, Path: made.Paths[i], File: osf})
+	}
+	if err := layer.reopen(ctx, format, files, plan.Info()); err != nil {
+		return nil, err
+	}
+	t := &Target{Layer: layer, Created: made, set: set}
+	return t, t.begin(ctx, opts)
+}
+
+// reopen opens a new image in its plugin again, for writing. Its files have no
+// names yet: references to them are met from the plan.
+func (l *Layer) reopen(ctx context.Context, format sdk.Format, files []sdk.NamedFile, plan sdk.PlanInfo) (err error) {
+	l.Image, err = format.Open(ctx, sdk.OpenRequest{Files: files[:1], ReadWrite: true, Name: filepath.Base(l.Path)})
+	if err != nil {
+		return err
+	}
+	if l.Info, err = l.Image.Info(ctx); err != nil || len(files) == 1 {
+		return err
+	}
+	attacher, ok := sdk.As[sdk.Attacher](l.Image)
+	if !ok {
+		return fmt.Errorf("plugin %s made several files and takes one", l.Format())
+	}
+	opened := append([]File(nil), l.Files[0])
+	var parts []sdk.NamedFile
+	for _, ref := range l.Info.References {
+		for i := 1; i < len(files); i++ {
+			if ref.Kind != sdk.RefBacking && plan.Files[i].Name == ref.Name {
+				parts = append(parts, sdk.NamedFile{Role: ref.Role, File: files[i].File})
+				opened = append(opened, File{Role: ref.Role, Path: l.Files[i].Path, File: l.Files[i].File})
+			}
+		}
+	}
+	l.Files = opened
+	if err := attacher.Attach(ctx, parts); err != nil {
+		return err
+	}
+	l.Info, err = l.Image.Info(ctx)
+	return err
+}
+
+// OpenTarget opens an existing image to be written in place (-n).
+func (o *Opener) OpenTarget(ctx context.Context, path string, open Options, opts TargetOptions) (*Target, error) {
+	open.ReadWrite = true
+	chain, err := o.Open(ctx, path, open)
+	if err != nil {
+		return nil, err
+	}
+	t := &Target{Layer: chain.Top()}
+	if err := t.begin(ctx, opts); err != nil {
+		chain.Close()
+		return nil, err
+	}
+	return t, nil
+}
+
+// begin starts the writing.
+func (t *Target) begin(ctx context.Context, opts TargetOptions) (err error) {
+	w, ok := sdk.As[sdk.Writer](t.Image)
+	if !ok {
+		return fmt.Errorf("plugin %s cannot write data into this image: %w", t.Format(), sdk.ErrUnsupported)
+	}
+	t.Writer = w
+	t.Write, err = w.BeginWrite(ctx, sdk.WriteRequest{Compressed: opts.Compressed, Reproducible: opts.Reproducible})
+	return err
+}
+
+// Commit finishes the image and gives it its name.
+func (t *Target) Commit(ctx context.Context) error {
+	if err := t.Writer.Finish(ctx); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if t.set == nil {
+		return nil
+	}
+	return t.set.Commit()
+}
+
+// Close drops the target; what was not committed disappears.
+func (t *Target) Close() {
+	if t.set != nil {
+		t.set.Abort()
+		return
+	}
+	t.Layer.Close()
+}
