@@ -11,7 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
-	"github.com/instar-img/instar/internal/host/discover"
+	"github.com/instar-img/instar/internal/host/ahead"
 	"github.com/instar-img/instar/internal/host/errno"
 	"github.com/instar-img/instar/internal/host/gate"
 	"github.com/instar-img/instar/internal/host/image"
@@ -135,7 +135,7 @@ func (a *app) session() (*session.Session, error) {
 	if a.current != nil {
 		return a.current, nil
 	}
-	plugins, err := discover.Find(discover.Options{})
+	plugins, err := ahead.Find()
 	if err != nil {
 		return nil, err
 	}
@@ -147,6 +147,7 @@ func (a *app) session() (*session.Session, error) {
 }
 
 func (a *app) close() {
+	ahead.Discard()
 	if a.current != nil {
 		a.current.Close()
 	}

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	_ "github.com/instar-img/instar/cmd/instar/internal/early" // starts a plugin
 )
 
 // version is set by the build.

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/instar-img/instar/internal/host/child"
 	"github.com/instar-img/instar/internal/host/discover"
 )
 
@@ -44,7 +45,7 @@ func actAsCore(program string) {
 		say(report{Error: err.Error()})
 		os.Exit(1)
 	}
-	r := report{Pid: p.child.pid(), SocketDir: p.dir.path}
+	r := report{Pid: p.child.Pid(), SocketDir: p.child.SocketDir()}
 	r.Environment, err = do(ctx, p, "environment")
 	if err == nil {
 		r.Descriptors, err = do(ctx, p, "descriptors")
@@ -130,7 +131,7 @@ func TestKilledCore(t *testing.T) {
 			if _, err := os.Stat(c.socketDir); err != nil {
 				t.Fatalf("a killed core cannot clear up, and yet: %v", err)
 			}
-			sweep(filepath.Dir(c.socketDir))
+			child.Sweep(filepath.Dir(c.socketDir))
 			if _, err := os.Stat(c.socketDir); !os.IsNotExist(err) {
 				t.Errorf("%s was not swept: %v", c.socketDir, err)
 			}
@@ -141,7 +142,7 @@ func TestKilledCore(t *testing.T) {
 // What a running core uses is not swept by another.
 func TestSweepSparesTheLiving(t *testing.T) {
 	c := startCore(t, "plain", nil)
-	sweep(filepath.Dir(c.socketDir))
+	child.Sweep(filepath.Dir(c.socketDir))
 	if _, err := os.Stat(c.socketDir); err != nil {
 		t.Errorf("swept from under a running core: %v", err)
 	}

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/rpc"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,19 +20,26 @@ import (
 	"github.com/hashicorp/go-plugin/runner"
 	"google.golang.org/grpc"
 
-	"os/exec"
-
+	"github.com/instar-img/instar/internal/host/ahead"
+	"github.com/instar-img/instar/internal/host/child"
 	"github.com/instar-img/instar/internal/host/discover"
 	"github.com/instar-img/instar/sdk"
 	"github.com/instar-img/instar/sdk/handshake"
 )
 
-// Limits of a plugin's process. Zero means no limit of ours.
-type Limits struct {
-	MemoryBytes int64 // of heap and other private memory
-	CPUSeconds  int64
-	Files       int64 // open descriptors; 0: 1024
-}
+// Types and facts of the process itself.
+type (
+	Limits    = child.Limits
+	Sandbox   = child.Sandbox
+	ExitError = child.ExitError
+)
+
+// SandboxVariable is the environment variable that can make the sandbox a
+// condition ("require") or leave it away ("off", for benchmarks and debugging).
+const SandboxVariable = child.SandboxVariable
+
+// Effective describes the sandbox that the running kernel gives.
+func Effective() Sandbox { return child.Effective() }
 
 // Options says how to start a plugin.
 type Options struct {
@@ -47,20 +55,15 @@ type Options struct {
 	StartTimeout time.Duration
 }
 
-const (
-	defaultFiles        = 1024
-	defaultStartTimeout = 20 * time.Second
-)
+const defaultStartTimeout = 20 * time.Second
 
 // Process is a running plugin.
 type Process struct {
 	plugin *discover.Plugin
-	dir    *socketDir
-	child  *child
+	child  *child.Child
 	conn   *grpc.ClientConn
 	major  int
 
-	tickets  ticketCounter
 	killOnce sync.Once
 }
 
@@ -73,9 +76,6 @@ func Start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 	if o.StartTimeout == 0 {
 		o.StartTimeout = defaultStartTimeout
 	}
-	if o.Limits.Files == 0 {
-		o.Limits.Files = defaultFiles
-	}
 	if !speaks(p.Manifest.Protocols) {
 		return nil, protocolError(p, fmt.Sprint(p.Manifest.Protocols))
 	}
@@ -87,23 +87,14 @@ func Start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 }
 
 func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error) {
-	mode, err := sandboxMode(o.Require)
+	if err := checkSandbox(o); err != nil {
+		return nil, err
+	}
+	c, err := program(p, o)
 	if err != nil {
 		return nil, err
 	}
-	if mode == sandboxOff {
-		o.Logger.Warn("plugin runs without a sandbox", "reason", SandboxVariable+"=off")
-	} else if missing := Effective().Missing(); len(missing) > 0 {
-		if mode == sandboxRequired {
-			return nil, fmt.Errorf("the sandbox is required, and this kernel lacks %s", strings.Join(missing, ", "))
-		}
-		o.Logger.Warn("plugin sandbox is incomplete", "missing", missing)
-	}
-	dir, err := newSocketDir()
-	if err != nil {
-		return nil, err
-	}
-	proc := &Process{plugin: p, dir: dir}
+	proc := &Process{plugin: p, child: c}
 	client := plugin.NewClient(&plugin.ClientConfig{
 		HandshakeConfig: plugin.HandshakeConfig{
 			MagicCookieKey:   handshake.MagicCookieKey,
@@ -117,22 +108,10 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 		Stderr:           o.Stderr,
 		SkipHostEnv:      true,
 		StartTimeout:     o.StartTimeout,
-		UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: dir.path},
-		RunnerFunc: func(l hclog.Logger, cmd *exec.Cmd, socketDir string) (runner.Runner, error) {
-			env := cmd.Env
-			if level := l.GetLevel(); level != hclog.Off && level != hclog.NoLevel {
-				env = append(env, handshake.LogLevelKey+"="+level.String())
-			}
-			if o.Limits.MemoryBytes > 0 {
-				// Nine tenths, so that the collector works before the limit strikes.
-				env = append(env, "GOMEMLIMIT="+strconv.FormatInt(o.Limits.MemoryBytes/10*9, 10))
-			}
-			proc.child = &child{
-				path: p.Path, env: env, limits: o.Limits, socketDir: socketDir,
-				roots: p.Manifest.RuntimeRoots, confined: mode != sandboxOff,
-				required: mode == sandboxRequired, started: dir.sweepOnce,
-			}
-			return &childRunner{child: proc.child}, nil
+		// The child has its own; go-plugin makes one in it that is not used.
+		UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: c.SocketDir()},
+		RunnerFunc: func(hclog.Logger, *exec.Cmd, string) (runner.Runner, error) {
+			return &childRunner{Child: c, name: p.Manifest.Name}, nil
 		},
 	})
 	stop := context.AfterFunc(ctx, proc.Kill)
@@ -150,7 +129,46 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 	return proc, nil
 }
 
-// connect starts the program and dials its socket.
+func checkSandbox(o Options) error {
+	mode, err := child.SandboxMode(o.Require)
+	if err != nil {
+		return err
+	}
+	if mode == child.Off {
+		o.Logger.Warn("plugin runs without a sandbox", "reason", SandboxVariable+"=off")
+		return nil
+	}
+	missing := Effective().Missing()
+	if len(missing) == 0 {
+		return nil
+	}
+	if mode == child.Required {
+		return fmt.Errorf("the sandbox is required, and this system lacks %s", strings.Join(missing, ", "))
+	}
+	o.Logger.Warn("plugin sandbox is incomplete", "missing", missing)
+	return nil
+}
+
+// program returns the plugin's process: the one started ahead where there is
+// one that will do.
+func program(p *discover.Plugin, o Options) (*child.Child, error) {
+	level := ""
+	if l := o.Logger.GetLevel(); l != hclog.Off && l != hclog.NoLevel {
+		level = l.String()
+	}
+	if level == "" && o.Limits.MemoryBytes == 0 {
+		if c := ahead.Take(p); c != nil {
+			c.SetLimits(o.Limits)
+			return c, nil
+		}
+	}
+	return child.Start(child.Spec{
+		Path: p.Path, Roots: p.Manifest.RuntimeRoots, Limits: o.Limits, LogLevel: level,
+		Protocols: []int{sdk.Protocol},
+	})
+}
+
+// connect reads where the program listens, and dials.
 func (p *Process) connect(client *plugin.Client) error {
 	if _, err := client.Start(); err != nil {
 		return p.startError(err)
@@ -171,10 +189,7 @@ func (p *Process) connect(client *plugin.Client) error {
 // startError turns go-plugin's many-line advice into one line with what the
 // program did.
 func (p *Process) startError(err error) error {
-	if p.child == nil || p.child.pid() == 0 {
-		return err
-	}
-	if line := p.child.firstLine(); line != "" {
+	if line := p.child.FirstLine(); line != "" {
 		parts := strings.Split(line, "|")
 		if len(parts) < 4 {
 			return fmt.Errorf("not a plugin: it printed %q", line)
@@ -228,24 +243,21 @@ func (p *Process) Conn() grpc.ClientConnInterface { return p.conn }
 // SendFile passes an open file to the plugin and returns the ticket by which
 // requests name it. The caller keeps its own descriptor.
 func (p *Process) SendFile(f *os.File) (ticket uint32, err error) {
-	ticket = p.tickets.next()
-	if err := p.child.sendFile(ticket, f); err != nil {
-		if exit := p.exitErrorSoon(); exit != nil {
-			return 0, exit
-		}
-		return 0, fmt.Errorf("plugin %s: pass %s: %w", p.plugin.Manifest.Name, f.Name(), err)
+	ticket, err = p.child.SendFile(f)
+	if err == nil {
+		return ticket, nil
 	}
-	return ticket, nil
+	if exit := p.exitErrorSoon(); exit != nil {
+		return 0, exit
+	}
+	return 0, fmt.Errorf("plugin %s: pass %s: %w", p.plugin.Manifest.Name, f.Name(), err)
 }
 
 // Kill ends the plugin and removes its socket directory. It does not wait for
 // the kernel to be done with the process; Done does.
 func (p *Process) Kill() {
 	p.killOnce.Do(func() {
-		if p.child != nil {
-			p.child.kill()
-		}
-		p.dir.remove()
+		p.child.Remove()
 		if p.conn != nil {
 			p.conn.Close()
 		}
@@ -253,25 +265,18 @@ func (p *Process) Kill() {
 }
 
 // Done is closed when the plugin's process has ended.
-func (p *Process) Done() <-chan struct{} { return p.child.done }
+func (p *Process) Done() <-chan struct{} { return p.child.Done() }
 
 // ExitError says how the process ended, with the last that it wrote to stderr.
 // It is nil while the process runs.
-func (p *Process) ExitError() error {
-	select {
-	case <-p.child.done:
-		return p.child.exitError(p.plugin.Manifest.Name)
-	default:
-		return nil
-	}
-}
+func (p *Process) ExitError() error { return p.child.ExitError(p.plugin.Manifest.Name) }
 
 // exitErrorSoon is ExitError for a caller who has reason to believe that the
 // process is about to end.
 func (p *Process) exitErrorSoon() error {
 	select {
-	case <-p.child.done:
-	case <-time.After(dyingTimeout):
+	case <-p.child.Done():
+	case <-time.After(child.DyingTimeout):
 	}
 	return p.ExitError()
 }

@@ -19,6 +19,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/instar-img/instar/internal/host/child"
 	"github.com/instar-img/instar/internal/host/discover"
 )
 
@@ -243,8 +244,8 @@ func TestRequire(t *testing.T) {
 		t.Errorf("a wrong %s: %v", SandboxVariable, err)
 	}
 	t.Setenv(SandboxVariable, "off")
-	mode, err := sandboxMode(true)
-	if err != nil || mode != sandboxRequired {
+	mode, err := child.SandboxMode(true)
+	if err != nil || mode != child.Required {
 		t.Errorf("off must not weaken a caller's requirement: %v, %v", mode, err)
 	}
 }
@@ -307,7 +308,7 @@ func TestKilledInMidWork(t *testing.T) {
 	}()
 	time.Sleep(20 * time.Millisecond) // it does not matter whether the request got there
 	begin := time.Now()
-	if err := syscall.Kill(p.child.pid(), syscall.SIGKILL); err != nil {
+	if err := syscall.Kill(p.child.Pid(), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	err := p.Explain(<-failed)
@@ -324,11 +325,11 @@ func assertNothingLeft(t *testing.T, p *Process) {
 	t.Helper()
 	p.Kill()
 	<-p.Done()
-	if _, err := os.Stat(p.dir.path); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(p.child.SocketDir()); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("socket directory: %v", err)
 	}
-	if err := syscall.Kill(p.child.pid(), 0); err != syscall.ESRCH {
-		t.Errorf("process %d: %v", p.child.pid(), err)
+	if err := syscall.Kill(p.child.Pid(), 0); err != syscall.ESRCH {
+		t.Errorf("process %d: %v", p.child.Pid(), err)
 	}
 }
 
@@ -386,7 +387,7 @@ func TestManifestProtocol(t *testing.T) {
 func assertNoSocketDirs(t *testing.T) {
 	t.Helper()
 	base := filepath.Join(os.Getenv("XDG_RUNTIME_DIR"), "instar-"+strconv.Itoa(os.Geteuid()))
-	sweep(base) // what cores that tests killed have left
+	child.Sweep(base) // what cores that tests killed have left
 	left, err := filepath.Glob(filepath.Join(base, "*"))
 	if err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)

@@ -1,6 +1,6 @@
 //go:build unix && !linux
 
-package launch
+package child
 
 import (
 	"fmt"
@@ -28,7 +28,7 @@ func socketpair() ([2]int, error) {
 
 func sysProcAttr() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
 
-func (c *child) run(attr *syscall.ProcAttr, result chan<- error) {
+func (c *Child) run(attr *syscall.ProcAttr, result chan<- error) {
 	pid, err := syscall.ForkExec(c.path, []string{c.path}, attr)
 	if err != nil {
 		result <- fmt.Errorf("start: %w", err)
@@ -44,3 +44,6 @@ func (c *child) run(attr *syscall.ProcAttr, result chan<- error) {
 // awaitExit polls, because waiting without reaping is not portable, and a
 // process id must not be signalled after it was reaped.
 func awaitExit(int) {}
+
+// SetLimits does nothing: limits are part of the sandbox.
+func (c *Child) SetLimits(Limits) {}

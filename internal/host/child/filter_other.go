@@ -1,6 +1,6 @@
 //go:build linux && !amd64 && !arm64
 
-package launch
+package child
 
 import "github.com/instar-img/instar/internal/confine"
 

@@ -1,6 +1,7 @@
-package launch
+package child
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"sync"
@@ -31,7 +32,7 @@ var closeOnExec = sync.OnceFunc(func() {
 // starts the process, which inherits the restrictions, and waits for it. The
 // goroutine ends locked, so that the thread dies and nothing else ever runs on
 // it.
-func (c *child) run(attr *syscall.ProcAttr, result chan<- error) {
+func (c *Child) run(attr *syscall.ProcAttr, result chan<- error) {
 	runtime.LockOSThread()
 	if unix.Gettid() == unix.Getpid() {
 		// The main thread cannot be thrown away. While it is held here, another
@@ -51,20 +52,23 @@ func (c *child) run(attr *syscall.ProcAttr, result chan<- error) {
 	}
 	pid, err := syscall.ForkExec(c.path, []string{c.path}, attr)
 	if err != nil {
-		result <- fmt.Errorf("start: %w", err)
+		result <- startError(err, c.confined)
 		return
 	}
 	c.mu.Lock()
 	c.id = pid
 	c.mu.Unlock()
-	c.setLimits(pid)
 	result <- nil
 	c.wait()
 }
 
-// setLimits bounds the process from outside. It may have begun to run, which
+// SetLimits bounds the process from outside. It may have begun to run, which
 // does not matter: what it can have used by now is nothing.
-func (c *child) setLimits(pid int) {
+func (c *Child) SetLimits(limits Limits) {
+	pid := c.Pid()
+	if limits.Files == 0 {
+		limits.Files = DefaultFiles
+	}
 	set := func(resource int, limit uint64) {
 		l := unix.Rlimit{Cur: limit, Max: limit}
 		var old unix.Rlimit
@@ -75,13 +79,13 @@ func (c *child) setLimits(pid int) {
 		_ = unix.Prlimit(pid, resource, &l, nil) // fails when the process is gone
 	}
 	set(unix.RLIMIT_CORE, 0)
-	set(unix.RLIMIT_NOFILE, uint64(c.limits.Files))
-	if c.limits.CPUSeconds > 0 {
-		set(unix.RLIMIT_CPU, uint64(c.limits.CPUSeconds))
+	set(unix.RLIMIT_NOFILE, uint64(limits.Files))
+	if limits.CPUSeconds > 0 {
+		set(unix.RLIMIT_CPU, uint64(limits.CPUSeconds))
 	}
-	if c.limits.MemoryBytes > 0 {
+	if limits.MemoryBytes > 0 {
 		// Not RLIMIT_AS: a Go program reserves far more addresses than it uses.
-		set(unix.RLIMIT_DATA, uint64(c.limits.MemoryBytes)+memoryOverhead)
+		set(unix.RLIMIT_DATA, uint64(limits.MemoryBytes)+memoryOverhead)
 	}
 }
 
@@ -97,4 +101,12 @@ func awaitExit(pid int) {
 			return
 		}
 	}
+}
+
+func startError(err error, confined bool) error {
+	if err == syscall.EACCES && confined {
+		// Not wrapped: it is no file of the caller's to which access is denied.
+		return errors.New("start: permission denied: in its sandbox a program that is not one static binary needs the runtime-roots of its manifest")
+	}
+	return fmt.Errorf("start: %w", err)
 }

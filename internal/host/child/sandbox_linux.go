@@ -1,4 +1,4 @@
-package launch
+package child
 
 import (
 	"fmt"
@@ -16,7 +16,7 @@ func Effective() Sandbox {
 
 // confine restricts the calling thread and what it starts to what a plugin
 // needs before its SDK takes the second lock, or has for life without our SDK.
-func (c *child) confine() error {
+func (c *Child) confine() error {
 	if err := confine.NoNewPrivs(); err != nil {
 		return err
 	}
@@ -33,7 +33,7 @@ func (c *child) confine() error {
 	return nil
 }
 
-func (c *child) confineFiles() error {
+func (c *Child) confineFiles() error {
 	rules, err := confine.NewRuleset()
 	if err != nil {
 		return err
@@ -46,7 +46,7 @@ func (c *child) confineFiles() error {
 	if err := rules.Allow(program, confine.Execute); err != nil {
 		return err
 	}
-	if err := rules.Allow(c.socketDir, confine.Sockets); err != nil {
+	if err := rules.Allow(c.dir.path, confine.Sockets); err != nil {
 		return err
 	}
 	for _, root := range c.roots {

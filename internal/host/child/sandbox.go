@@ -1,4 +1,4 @@
-package launch
+package child
 
 import (
 	"fmt"
@@ -54,29 +54,26 @@ func (s Sandbox) String() string {
 	return fmt.Sprintf("Landlock ABI %d, seccomp%s", s.LandlockABI, second)
 }
 
-type mode int
+// Mode says what to do without a full sandbox.
+type Mode int
 
 const (
-	sandboxBestEffort mode = iota
-	sandboxRequired
-	sandboxOff
+	BestEffort Mode = iota
+	Required
+	Off
 )
 
-func sandboxMode(require bool) (mode, error) {
-	switch v := os.Getenv(SandboxVariable); v {
-	case "require":
-		return sandboxRequired, nil
-	case "off":
-		if require {
-			return sandboxRequired, nil
-		}
-		return sandboxOff, nil
-	case "", "on":
-		if require {
-			return sandboxRequired, nil
-		}
-		return sandboxBestEffort, nil
-	default:
+// SandboxMode returns the mode that the environment asks for. It cannot weaken
+// what the caller requires.
+func SandboxMode(require bool) (Mode, error) {
+	v := os.Getenv(SandboxVariable)
+	switch {
+	case v != "" && v != "on" && v != "off" && v != "require":
 		return 0, fmt.Errorf("%s=%q: accepted are require, on and off", SandboxVariable, v)
+	case require || v == "require":
+		return Required, nil
+	case v == "off":
+		return Off, nil
 	}
+	return BestEffort, nil
 }

@@ -1,4 +1,4 @@
-package launch
+package child
 
 import (
 	"errors"
@@ -131,9 +131,10 @@ func (d *socketDir) remove() {
 var swept sync.Once
 
 // sweepOnce removes the directories of dead runs, once in a process.
-func (d *socketDir) sweepOnce() { swept.Do(func() { sweep(d.base) }) }
+func (d *socketDir) sweepOnce() { swept.Do(func() { Sweep(d.base) }) }
 
-func sweep(base string) {
+// Sweep removes from a base directory what dead runs left there.
+func Sweep(base string) {
 	f, err := os.Open(base)
 	if err != nil {
 		return

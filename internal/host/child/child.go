@@ -1,8 +1,10 @@
-package launch
+// Package child runs a plugin's program: in its sandbox, with its socket
+// directory and descriptor socket, until it ends. It imports little, so that a
+// process can be started while the rest of the core initialises.
+package child
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -20,41 +22,92 @@ import (
 	"github.com/instar-img/instar/sdk/handshake"
 )
 
-// child is a plugin's process.
-type child struct {
-	path      string
-	env       []string
-	limits    Limits
-	socketDir string
-	roots     []string
-	confined  bool
-	required  bool
-	started   func() // called once the process runs, while it initialises
+// Limits of a plugin's process. Zero means no limit of ours.
+type Limits struct {
+	MemoryBytes int64 // of heap and other private memory
+	CPUSeconds  int64
+	Files       int64 // open descriptors; 0: DefaultFiles
+}
 
-	stdout, stderr *os.File // our ends
+// DefaultFiles is the usual limit on open descriptors.
+const DefaultFiles = 1024
+
+// Spec says what to run.
+type Spec struct {
+	Path string // of the program
+	// Roots are further directories from which it may read and execute.
+	Roots    []string
+	Limits   Limits
+	LogLevel string // for the plugin's logger, empty for off
+	// Protocols are the majors that the core speaks.
+	Protocols []int
+}
+
+// Child is a plugin's process.
+type Child struct {
+	path     string
+	roots    []string
+	dir      *socketDir
+	confined bool
+
+	stdout, stderr *teeReader
 	first          firstLine
 	last           tail
 
-	sendMu sync.Mutex
-	socket int // our end of the descriptor socket, -1 when closed
+	sendMu  sync.Mutex
+	socket  int // our end of the descriptor socket, -1 when closed
+	tickets atomic.Uint32
 
 	done chan struct{} // closed when the process has been waited for
 
 	mu     sync.Mutex
-	id     int // process id, 0 before the start
+	id     int // process id
 	reaped bool
 	killed bool
 	status syscall.WaitStatus
 }
 
-type ticketCounter struct{ n atomic.Uint32 }
+// Start runs a program. Its first line on stdout tells where it listens.
+func Start(spec Spec) (*Child, error) {
+	mode, err := SandboxMode(false)
+	if err != nil {
+		return nil, err
+	}
+	c := &Child{path: spec.Path, roots: spec.Roots, confined: mode != Off, socket: -1, done: make(chan struct{})}
+	if c.dir, err = newSocketDir(); err != nil {
+		return nil, err
+	}
+	if err := c.start(spec); err != nil {
+		c.dir.remove()
+		return nil, err
+	}
+	c.dir.sweepOnce()
+	return c, nil
+}
 
-func (t *ticketCounter) next() uint32 { return t.n.Add(1) }
+// environment is all that a plugin gets: what go-plugin's server reads.
+func (c *Child) environment(spec Spec) []string {
+	majors := make([]string, len(spec.Protocols))
+	for i, m := range spec.Protocols {
+		majors[i] = strconv.Itoa(m)
+	}
+	env := []string{
+		handshake.MagicCookieKey + "=" + handshake.MagicCookieValue,
+		"PLUGIN_PROTOCOL_VERSIONS=" + strings.Join(majors, ","),
+		"PLUGIN_UNIX_SOCKET_DIR=" + c.dir.path,
+	}
+	if spec.LogLevel != "" {
+		env = append(env, handshake.LogLevelKey+"="+spec.LogLevel)
+	}
+	if m := spec.Limits.MemoryBytes; m > 0 {
+		// Nine tenths, so that the collector works before the limit strikes.
+		env = append(env, "GOMEMLIMIT="+strconv.FormatInt(m/10*9, 10))
+	}
+	return env
+}
 
 // start runs the program. It returns when it runs, or failed to.
-func (c *child) start() error {
-	c.done = make(chan struct{})
-	c.socket = -1
+func (c *Child) start(spec Spec) error {
 	pair, err := socketpair()
 	if err != nil {
 		return fmt.Errorf("descriptor socket: %w", err)
@@ -82,7 +135,7 @@ func (c *child) start() error {
 	defer errW.Close()
 
 	attr := &syscall.ProcAttr{
-		Env:   c.env,
+		Env:   c.environment(spec),
 		Files: []uintptr{null.Fd(), outW.Fd(), errW.Fd(), uintptr(pair[1])},
 		Sys:   sysProcAttr(),
 	}
@@ -92,16 +145,41 @@ func (c *child) start() error {
 		unix.Close(pair[0])
 		outR.Close()
 		errR.Close()
-		close(c.done)
 		return err
 	}
-	c.stdout, c.stderr, c.socket = outR, errR, pair[0]
-	c.started()
+	c.last.closed = make(chan struct{})
+	c.stdout = &teeReader{f: outR, w: &c.first}
+	c.stderr = &teeReader{f: errR, w: &c.last, closed: c.last.closed}
+	c.socket = pair[0]
+	c.SetLimits(spec.Limits)
 	return nil
 }
 
+// Stdout is what the program prints.
+func (c *Child) Stdout() io.ReadCloser { return c.stdout }
+
+// Stderr is what it prints to stderr. It must be read to its end for ExitError
+// to tell all.
+func (c *Child) Stderr() io.ReadCloser { return c.stderr }
+
+// SocketDir is where the program makes its socket.
+func (c *Child) SocketDir() string { return c.dir.path }
+
+// Path is the program's.
+func (c *Child) Path() string { return c.path }
+
+// Done is closed when the process has ended.
+func (c *Child) Done() <-chan struct{} { return c.done }
+
+// Remove ends the process and removes its socket directory, without waiting
+// for the kernel to be done with it.
+func (c *Child) Remove() {
+	c.Kill()
+	c.dir.remove()
+}
+
 // wait waits for the process to end, and closes done.
-func (c *child) wait() {
+func (c *Child) wait() {
 	awaitExit(c.id)
 	c.mu.Lock()
 	var status syscall.WaitStatus
@@ -115,13 +193,15 @@ func (c *child) wait() {
 	close(c.done)
 }
 
-func (c *child) pid() int {
+// Pid is the process id.
+func (c *Child) Pid() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.id
 }
 
-func (c *child) kill() {
+// Kill ends the process.
+func (c *Child) Kill() {
 	c.mu.Lock()
 	if c.id != 0 && !c.reaped {
 		c.killed = true
@@ -137,19 +217,26 @@ func (c *child) kill() {
 	c.sendMu.Unlock()
 }
 
-func (c *child) killedByUs() bool {
+// Killed reports whether Kill ended the process, rather than itself.
+func (c *Child) Killed() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.killed
 }
 
-// dyingTimeout bounds the wait for a process that seems to be about to end.
-const dyingTimeout = 500 * time.Millisecond
+// DyingTimeout bounds the wait for a process that seems to be about to end.
+const DyingTimeout = 500 * time.Millisecond
 
 // sendTimeout bounds the wait for a plugin that does not receive.
 const sendTimeout = 10 * time.Second
 
-func (c *child) sendFile(ticket uint32, f *os.File) error {
+// SendFile passes an open file to the plugin and returns its ticket.
+func (c *Child) SendFile(f *os.File) (uint32, error) {
+	ticket := c.tickets.Add(1)
+	return ticket, c.sendFile(ticket, f)
+}
+
+func (c *Child) sendFile(ticket uint32, f *os.File) error {
 	raw, err := f.SyscallConn()
 	if err != nil {
 		return err
@@ -184,8 +271,13 @@ func (c *child) sendFile(ticket uint32, f *os.File) error {
 	}
 }
 
-// exitError describes the end of the process.
-func (c *child) exitError(name string) error {
+// ExitError describes the end of the process, nil while it runs.
+func (c *Child) ExitError(name string) error {
+	select {
+	case <-c.done:
+	default:
+		return nil
+	}
 	c.last.settle(100 * time.Millisecond)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -239,7 +331,8 @@ func (l *firstLine) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (c *child) firstLine() string {
+// FirstLine is what was read of the first line on stdout.
+func (c *Child) FirstLine() string {
 	c.first.mu.Lock()
 	defer c.first.mu.Unlock()
 	return strings.TrimSpace(string(c.first.b))
@@ -301,75 +394,6 @@ func (t *tail) settle(most time.Duration) {
 	case <-t.closed:
 	case <-time.After(most):
 	}
-}
-
-// childRunner makes a child what go-plugin calls a runner.
-type childRunner struct {
-	child *child
-}
-
-func (r *childRunner) Start(context.Context) error {
-	r.child.last.closed = make(chan struct{})
-	return r.child.start()
-}
-
-// Diagnose is called when the plugin did not say where it listens, just before
-// Kill: it lets a program that dies do so, and say why.
-func (r *childRunner) Diagnose(context.Context) string {
-	if r.child.firstLine() == "" {
-		select {
-		case <-r.child.done:
-		case <-time.After(dyingTimeout):
-		}
-	}
-	return ""
-}
-
-func (r *childRunner) Stdout() io.ReadCloser {
-	return &teeReader{f: r.child.stdout, w: &r.child.first}
-}
-
-func (r *childRunner) Stderr() io.ReadCloser {
-	return &teeReader{f: r.child.stderr, w: &r.child.last, closed: r.child.last.closed}
-}
-
-func (r *childRunner) Name() string { return r.child.path }
-
-// Wait returns nil after Kill, which is how plugins end normally.
-func (r *childRunner) Wait(context.Context) error {
-	<-r.child.done
-	if r.child.killedByUs() {
-		return nil
-	}
-	return r.child.exitError(r.child.path)
-}
-
-func (r *childRunner) Kill(context.Context) error {
-	r.child.kill()
-	return nil
-}
-
-func (r *childRunner) ID() string { return strconv.Itoa(r.child.pid()) }
-
-// PluginToHost accepts nothing but a socket in the plugin's own directory: a
-// plugin must not make the core connect elsewhere.
-func (r *childRunner) PluginToHost(network, address string) (string, string, error) {
-	name, ok := strings.CutPrefix(address, r.child.socketDir+string(os.PathSeparator))
-	if network != "unix" || !ok || name == "" || strings.ContainsRune(name, os.PathSeparator) {
-		return "", "", fmt.Errorf("it listens on %s %q, not in its directory", network, address)
-	}
-	info, err := os.Lstat(address)
-	if err != nil {
-		return "", "", fmt.Errorf("its socket: %w", errors.Unwrap(err))
-	}
-	if info.Mode().Type() != os.ModeSocket {
-		return "", "", fmt.Errorf("its socket: %q is none", address)
-	}
-	return network, address, nil
-}
-
-func (r *childRunner) HostToPlugin(network, address string) (string, string, error) {
-	return network, address, nil
 }
 
 // teeReader copies what is read from a pipe.

@@ -1,4 +1,4 @@
-package launch
+package child
 
 // refusedHere are system calls that other architectures do not have: none.
 var refusedHere []uint32
