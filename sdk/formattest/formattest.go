@@ -245,10 +245,7 @@ func openFile(t testing.TB, path string, readWrite bool) sdk.File {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = osf.Close() })
-	if !readWrite {
-		return ReadOnly(sdk.NewFile(osf))
-	}
-	return sdk.NewFile(osf)
+	return sdk.NewFile(osf) // the wire takes no other
 }
 
 // Map returns the extents of the whole disk, after checking Map's invariants.

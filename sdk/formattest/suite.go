@@ -3,12 +3,14 @@ package formattest
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"reflect"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -33,9 +35,9 @@ type Config struct {
 	// FlipBytes bounds the metadata of which every bit is flipped, in bytes
 	// among the sectors that are neither zero nor guest data; 0: 8 KiB.
 	FlipBytes int
-	// Wrap, where set, puts a format behind something else (the wire) for the
-	// tests that use whole files; those that damage images run in process.
-	Wrap func(t testing.TB, f sdk.Format) sdk.Format
+	// WireOptions are the sets tested over the wire too; none: the first of
+	// Options.
+	WireOptions []string
 }
 
 // hang is how long one operation on a small image may take before it counts
@@ -56,25 +58,49 @@ func Run(t *testing.T, newFormat func() sdk.Format, cfg Config) {
 	if cfg.FlipBytes == 0 {
 		cfg.FlipBytes = 8 << 10
 	}
-	s := &suite{Config: cfg, direct: newFormat}
-	s.format = func(t testing.TB) sdk.Format {
-		if cfg.Wrap != nil {
-			return cfg.Wrap(t, newFormat())
-		}
-		return newFormat()
+	if len(cfg.WireOptions) == 0 {
+		cfg.WireOptions = cfg.Options[:1]
 	}
 	m := newFormat().Describe().Manifest
+	s := &suite{Config: cfg, direct: newFormat, format: func(testing.TB) sdk.Format { return newFormat() }}
+	s.whole(t, &m)
+	if m.Has(sdk.CapCreate) && m.Has(sdk.CapOpen) {
+		t.Run("truncate", s.truncate)
+		t.Run("flip", s.flip)
+	}
+	t.Run("wire", func(t *testing.T) {
+		over := *s
+		over.Options = cfg.WireOptions
+		over.CompressedOptions = cfg.CompressedOptions[:min(1, len(cfg.CompressedOptions))]
+		over.format = func(t testing.TB) sdk.Format { return OverWire(t, newFormat()) }
+		if direct, wired := asText(t, newFormat().Describe()), asText(t, over.format(t).Describe()); direct != wired {
+			t.Errorf("over the wire the description\n%s\nbecomes\n%s", direct, wired)
+		}
+		over.whole(t, &m)
+	})
+}
+
+// whole runs the tests that use sound images.
+func (s *suite) whole(t *testing.T, m *sdk.Manifest) {
 	t.Run("describe", s.describe)
 	if m.Has(sdk.CapCreate) && m.Has(sdk.CapOpen) {
 		t.Run("create", s.create)
 		t.Run("concurrent", s.concurrent)
 		t.Run("cancel", s.cancel)
-		t.Run("truncate", s.truncate)
-		t.Run("flip", s.flip)
 	}
 	if m.Has(sdk.CapCreate) && m.Has(sdk.CapWrite) {
 		t.Run("write", s.write)
 	}
+}
+
+// asText is v in a form that does not tell empty from missing lists.
+func asText(t testing.TB, v any) string {
+	t.Helper()
+	b, err := json.MarshalIndent(v, "", " ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.NewReplacer("[]", "null", "{}", "null").Replace(string(b))
 }
 
 type suite struct {
