@@ -61,13 +61,23 @@ func (img *image) Check(ctx context.Context, req sdk.CheckRequest) (*sdk.CheckRe
 }
 
 type checker struct {
-	img *image
-	req sdk.CheckRequest
-	res sdk.CheckResult
+	img  *image
+	req  sdk.CheckRequest
+	res  sdk.CheckResult
+	said int // messages so far
 }
 
+// maxMessages bounds what a check says of a table that is garbage from end to
+// end. It goes on counting.
+const maxMessages = 1000
+
 func (c *checker) message(format string, args ...any) {
-	if c.req.Message != nil {
+	c.said++
+	switch {
+	case c.req.Message == nil || c.said > maxMessages:
+	case c.said == maxMessages:
+		c.req.Message("Further findings are counted, but not listed")
+	default:
 		c.req.Message(fmt.Sprintf(format, args...))
 	}
 }
@@ -97,6 +107,10 @@ func (c *checker) blocks(ctx context.Context) error {
 		c.message("ERROR %d blocks are too many to look for overlaps, at most %d are checked", img.used, maxChecked)
 	}
 	var starts []uint32
+	if keep {
+		starts = make([]uint32, 0, img.used)
+	}
+	metadata := img.metadata()
 	previous := int64(-1) // end of the block before, in guest order
 	err := img.table(ctx, 0, int64(img.header.entries), func(i int64, entry uint32) error {
 		if entry == unallocated {
@@ -114,7 +128,7 @@ func (c *checker) blocks(ctx context.Context) error {
 			c.res.Leaks++
 			c.message("Leaked block %d: beyond the end of the disk", i)
 		}
-		for _, m := range img.metadata() {
+		for _, m := range metadata {
 			if lo < m.end && m.start < hi {
 				c.corrupt("block %d: host range %#x to %#x overlaps the %s", i, lo, hi, m.what)
 			}

@@ -600,3 +600,131 @@ func TestZeroOverwritesOldContent(t *testing.T) {
 		clean(t, path)
 	}
 }
+
+// Blocks that lie on metadata are read, as qemu-img does, but never written.
+func TestWriteSparesMetadata(t *testing.T) {
+	path := formattest.Create(t, New(), t.TempDir(), "x", 5<<20, "")
+	formattest.Write(t, New(), path, map[int64][]byte{0: {1}}, false)
+	b := read(t, path)
+	binary.BigEndian.PutUint32(b[footerSize+headerSize:], 2)
+	ctx := context.Background()
+	o := formattest.Open(t, New(), write(t, b), true)
+	w := o.Image.(sdk.Writer)
+	if _, err := w.BeginWrite(ctx, sdk.WriteRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	runs := []sdk.Run{{Offset: 0, Length: 4096}}
+	if _, err := w.Place(ctx, runs); !errors.Is(err, sdk.ErrCorrupt) {
+		t.Errorf("place: %v", err)
+	}
+	if err := w.Zero(ctx, runs); !errors.Is(err, sdk.ErrCorrupt) {
+		t.Errorf("zero: %v", err)
+	}
+	for _, r := range []sdk.Run{{Offset: -512, Length: 512}, {Offset: 1, Length: 512}, {Offset: 0, Length: 0}, {Offset: 5 << 20, Length: 1 << 30}, {Offset: 512, Length: math.MaxInt64}} {
+		if _, err := w.Place(ctx, []sdk.Run{r}); !errors.Is(err, sdk.ErrInvalid) {
+			t.Errorf("place %+v: %v", r, err)
+		}
+	}
+}
+
+// A table that is garbage from end to end is counted, not recited.
+func TestCheckOfGarbageIsBounded(t *testing.T) {
+	path := formattest.Create(t, New(), t.TempDir(), "x", 1<<30, "block_size=64k,force_size=on")
+	b := read(t, path)
+	clear(b[footerSize+headerSize : len(b)-footerSize])
+	res, text := check(t, write(t, append(b, make([]byte, 1<<20)...)))
+	// Every block lies on all three pieces of metadata, all but one on another
+	// block, and the footer at the end is gone.
+	const blocks = 1 << 30 / (64 << 10)
+	if want := int64(3*blocks + blocks - 1 + 1); res.Corruptions < blocks || res.Corruptions != want {
+		t.Errorf("%d corruptions, want %d", res.Corruptions, want)
+	}
+	if n := strings.Count(text, "\n"); n != maxMessages {
+		t.Errorf("%d messages", n)
+	}
+}
+
+// Host offsets beyond 4 GiB.
+func TestLargeFile(t *testing.T) {
+	path := formattest.Create(t, New(), t.TempDir(), "x", 6<<30, "block_size=16M,force_size=on")
+	ctx := context.Background()
+	o := formattest.Open(t, New(), path, true)
+	w := o.Image.(sdk.Writer)
+	if _, err := w.BeginWrite(ctx, sdk.WriteRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	places, err := w.Place(ctx, []sdk.Run{{Offset: 0, Length: 6 << 30}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := places[len(places)-1]
+	if last.HostOffset < 5<<30 {
+		t.Fatalf("last placement %+v", last)
+	}
+	if _, err := o.Files[0].File.WriteAt(bytes.Repeat([]byte{42}, 4096), last.HostOffset+4096); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Finish(ctx); err != nil {
+		t.Fatal(err)
+	}
+	formattest.Oracle(t, "qemu-io", "-f", "vpc", "-r", "-c", fmt.Sprintf("read -P 42 %d 4096", last.Offset+4096), "-c", "read -P 0 5G 4096", path)
+	clean(t, path)
+}
+
+// A disk of the largest size, written at its end.
+func TestLargestDisk(t *testing.T) {
+	path := formattest.Create(t, New(), t.TempDir(), "x", 2040<<30, "")
+	formattest.Write(t, New(), path, map[int64][]byte{2040<<30 - 4096: bytes.Repeat([]byte{42}, 4096)}, false)
+	formattest.Oracle(t, "qemu-io", "-f", "vpc", "-r", "-c", fmt.Sprintf("read -P 42 %d 4096", int64(2040<<30-4096)), path)
+	clean(t, path)
+}
+
+// Random damage to the fields of a footer and a header with right checksums:
+// qemu-img and we agree on what opens, and how large it is.
+func TestVerdictsAreQemuImgs(t *testing.T) {
+	path := formattest.Create(t, New(), t.TempDir(), "x", 5<<20, "")
+	formattest.Write(t, New(), path, map[int64][]byte{1 << 20: {1}}, false)
+	whole := read(t, path)
+	rng := rand.New(rand.NewPCG(5, 5))
+	// Offsets of fields that we do not mean to differ on.
+	var fields []int
+	for _, r := range [][2]int{{8, 16}, {16, 28}, {36, 64}, {84, 120}, {512, 520}, {528, 536}, {540, 548}, {1536, 1560}} {
+		for at := r[0]; at < r[1]; at++ {
+			fields = append(fields, at)
+		}
+	}
+	opened := 0
+	for range 120 {
+		b := bytes.Clone(whole)
+		at := fields[rng.IntN(len(fields))]
+		b[at] ^= 1 << rng.IntN(8)
+		sealed(b, 0)
+		copy(b[len(b)-footerSize:], b[:footerSize])
+		if b[footerSize] == 'c' {
+			var h header
+			if h.decode(b[footerSize:footerSize+headerSize]) == nil {
+				sealedHeader(b, footerSize)
+			}
+		}
+		if f := (&footer{}); f.decode(b[:footerSize]) != nil || (f.diskType != typeDynamic) {
+			continue
+		}
+		damaged := write(t, b)
+		out, stderr, code := formattest.TryOracle(t, "qemu-img", "info", "-f", "vpc", "--output=json", damaged)
+		o, err := formattest.TryOpen(t, New(), damaged, sdk.OpenRequest{})
+		if (code == 0) != (err == nil) {
+			t.Errorf("byte %#x is %#x, was %#x: %v, qemu-img exit %d %s", at, b[at], whole[at], err, code, stderr)
+			continue
+		}
+		if err != nil {
+			continue
+		}
+		opened++
+		if want := fmt.Sprintf("\"virtual-size\": %d,", o.Info.VirtualSize); !strings.Contains(out, want) {
+			t.Errorf("byte %#x is %#x: %s, qemu-img says %s", at, b[at], want, out)
+		}
+	}
+	if opened < 20 {
+		t.Errorf("only %d images opened", opened)
+	}
+}

@@ -33,6 +33,7 @@ type writer struct {
 	pages    map[int64][]uint32 // of the table, by first entry
 	dirty    map[int64]bool
 	inPlace  bool // the image had content before
+	metadata []region
 	// Of differencing disks, the bitmap of the block being written:
 	current int64 // -1 for none
 	entry   uint32
@@ -60,6 +61,8 @@ func (img *image) BeginWrite(_ context.Context, req sdk.WriteRequest) (sdk.Write
 		dirty:   map[int64]bool{},
 		inPlace: img.used > 0,
 		current: -1,
+
+		metadata: img.metadata(),
 	}
 	if img.tailFrom >= img.dataEnd && img.tailOK {
 		img.writer.end = img.tailFrom
@@ -110,6 +113,9 @@ func (img *image) Zero(ctx context.Context, runs []sdk.Run) error {
 			}
 		}
 		if !fresh && !img.isNew(entry) {
+			if err := img.checkEntry(block, entry); err != nil {
+				return err
+			}
 			if err := img.zero(ctx, img.dataAt(entry)+r.Offset-block*img.blockSize(), r.Length); err != nil {
 				return err
 			}
@@ -227,7 +233,7 @@ func (img *image) checkEntry(block int64, entry uint32) error {
 		return nil
 	}
 	lo, hi := int64(entry)*sectorSize, img.dataAt(entry)+img.blockSize()
-	for _, m := range img.metadata() {
+	for _, m := range img.writer.metadata {
 		if lo < m.end && m.start < hi {
 			return fmt.Errorf("block %d: host range %#x to %#x overlaps the %s: %w", block, lo, hi, m.what, sdk.ErrCorrupt)
 		}
