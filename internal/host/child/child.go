@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path"
 	"strconv"
 	"strings"
 	"sync"
@@ -34,7 +35,8 @@ const DefaultFiles = 1024
 
 // Spec says what to run.
 type Spec struct {
-	Path string // of the program
+	Path string   // of the program
+	Args []string // of its command line, after its name
 	// Roots are further directories from which it may read and execute.
 	Roots    []string
 	Limits   Limits
@@ -46,6 +48,7 @@ type Spec struct {
 // Child is a plugin's process.
 type Child struct {
 	path     string
+	args     []string
 	roots    []string
 	dir      *socketDir
 	confined bool
@@ -73,7 +76,7 @@ func Start(spec Spec) (*Child, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Child{path: spec.Path, roots: spec.Roots, confined: mode != Off, socket: -1, done: make(chan struct{})}
+	c := &Child{path: spec.Path, args: append([]string{spec.Path}, spec.Args...), roots: spec.Roots, confined: mode != Off, socket: -1, done: make(chan struct{})}
 	if c.dir, err = newSocketDir(); err != nil {
 		return nil, err
 	}
@@ -164,6 +167,34 @@ func (c *Child) Stderr() io.ReadCloser { return c.stderr }
 
 // SocketDir is where the program makes its socket.
 func (c *Child) SocketDir() string { return c.dir.path }
+
+// Output runs a program to its end and returns what it printed, at most limit
+// bytes.
+func Output(spec Spec, limit int64, timeout time.Duration) ([]byte, error) {
+	c, err := Start(spec)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Remove()
+	timer := time.AfterFunc(timeout, c.Kill)
+	defer timer.Stop()
+	go io.Copy(io.Discard, c.Stderr())
+	b, err := io.ReadAll(io.LimitReader(c.Stdout(), limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(b)) > limit {
+		return nil, fmt.Errorf("it printed more than %d bytes", limit)
+	}
+	<-c.done
+	if c.Killed() {
+		return nil, fmt.Errorf("it did not end within %v", timeout)
+	}
+	if c.status.Signaled() || c.status.ExitStatus() != 0 {
+		return nil, c.ExitError(path.Base(spec.Path))
+	}
+	return b, nil
+}
 
 // Path is the program's.
 func (c *Child) Path() string { return c.path }

@@ -50,7 +50,7 @@ func (c *Child) run(attr *syscall.ProcAttr, result chan<- error) {
 			return
 		}
 	}
-	pid, err := syscall.ForkExec(c.path, []string{c.path}, attr)
+	pid, err := syscall.ForkExec(c.path, c.args, attr)
 	if err != nil {
 		result <- startError(err, c.confined)
 		return

@@ -29,7 +29,7 @@ func socketpair() ([2]int, error) {
 func sysProcAttr() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} }
 
 func (c *Child) run(attr *syscall.ProcAttr, result chan<- error) {
-	pid, err := syscall.ForkExec(c.path, []string{c.path}, attr)
+	pid, err := syscall.ForkExec(c.path, c.args, attr)
 	if err != nil {
 		result <- fmt.Errorf("start: %w", err)
 		return

@@ -1,11 +1,6 @@
 package child
 
-import (
-	"fmt"
-	"path/filepath"
-
-	"github.com/instar-img/instar/internal/confine"
-)
+import "github.com/instar-img/instar/internal/confine"
 
 // Effective describes the sandbox that the running kernel gives.
 func Effective() Sandbox {
@@ -39,11 +34,7 @@ func (c *Child) confineFiles() error {
 		return err
 	}
 	defer rules.Close()
-	program, err := filepath.EvalSymlinks(c.path)
-	if err != nil {
-		return fmt.Errorf("sandbox: %w", err)
-	}
-	if err := rules.Allow(program, confine.Execute); err != nil {
+	if err := rules.Allow(c.path, confine.Execute); err != nil {
 		return err
 	}
 	if err := rules.Allow(c.dir.path, confine.Sockets); err != nil {

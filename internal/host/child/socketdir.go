@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
+	"path"
 	"strconv"
 	"strings"
 	"sync"
@@ -49,10 +49,10 @@ func baseDirs() []string {
 	name := "instar-" + strconv.Itoa(os.Geteuid())
 	var dirs []string
 	for _, parent := range []string{os.Getenv("XDG_RUNTIME_DIR"), os.TempDir(), "/tmp"} {
-		if !filepath.IsAbs(parent) || len(parent)+len(name)+24 > maxSocketPath {
+		if !path.IsAbs(parent) || len(parent)+len(name)+24 > maxSocketPath {
 			continue
 		}
-		dir := filepath.Join(parent, name)
+		dir := path.Join(parent, name)
 		if len(dirs) == 0 || dirs[len(dirs)-1] != dir {
 			dirs = append(dirs, dir)
 		}
@@ -61,7 +61,7 @@ func baseDirs() []string {
 }
 
 func newSocketDirIn(base string) (*socketDir, error) {
-	path := filepath.Join(base, strconv.Itoa(os.Getpid())+"-"+strconv.Itoa(int(socketDirs.Add(1))))
+	own := path.Join(base, strconv.Itoa(os.Getpid())+"-"+strconv.Itoa(int(socketDirs.Add(1))))
 	// Another run may remove an empty base directory between the two calls.
 	for try := 0; ; try++ {
 		if err := os.Mkdir(base, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -73,13 +73,13 @@ func newSocketDirIn(base string) (*socketDir, error) {
 			}
 			return nil, err
 		}
-		err := os.Mkdir(path, 0o700)
+		err := os.Mkdir(own, 0o700)
 		if err == nil {
 			break
 		}
 		if errors.Is(err, fs.ErrExist) {
 			// Left by a dead process with our process id.
-			if err := os.RemoveAll(path); err != nil {
+			if err := os.RemoveAll(own); err != nil {
 				return nil, err
 			}
 		} else if !errors.Is(err, fs.ErrNotExist) {
@@ -89,12 +89,12 @@ func newSocketDirIn(base string) (*socketDir, error) {
 			return nil, err
 		}
 	}
-	lock, err := lockDir(path)
+	lock, err := lockDir(own)
 	if err != nil {
-		os.RemoveAll(path)
+		os.RemoveAll(own)
 		return nil, err
 	}
-	return &socketDir{base: base, path: path, lock: lock}, nil
+	return &socketDir{base: base, path: own, lock: lock}, nil
 }
 
 // ownAndPrivate refuses a directory that somebody else made in a shared
@@ -147,12 +147,12 @@ func Sweep(base string) {
 		if err != nil || pid == os.Getpid() || unix.Kill(pid, 0) != unix.ESRCH {
 			continue
 		}
-		path := filepath.Join(base, name)
-		lock, err := lockDir(path)
+		left := path.Join(base, name)
+		lock, err := lockDir(left)
 		if err != nil {
 			continue
 		}
-		os.RemoveAll(path)
+		os.RemoveAll(left)
 		lock.Close()
 	}
 }

@@ -3,20 +3,19 @@
 package discover
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
-	"os/exec"
-	"path/filepath"
+	"path"
 	"sort"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/instar-img/instar/internal/host/child"
 	"github.com/instar-img/instar/sdk"
 )
 
@@ -24,9 +23,9 @@ import (
 const Prefix = "instar-format-"
 
 const (
-	maxManifest  = 1 << 20
-	askTimeout   = 10 * time.Second
-	manifestFlag = "--manifest"
+	maxManifest = 1 << 20
+	maxLinks    = 40
+	askTimeout  = 10 * time.Second
 )
 
 // PathVariable is the environment variable with directories to search first.
@@ -79,7 +78,7 @@ func Find(o Options) (*Set, error) {
 
 func usualDirs(executable string) ([]string, error) {
 	var dirs []string
-	for _, d := range filepath.SplitList(os.Getenv(PathVariable)) {
+	for _, d := range strings.Split(os.Getenv(PathVariable), ":") {
 		if d != "" {
 			dirs = append(dirs, d)
 		}
@@ -91,17 +90,24 @@ func usualDirs(executable string) ([]string, error) {
 		}
 	}
 	// The link bin/qemu-img, or one in /usr/bin, leads to the real program.
-	if real, err := filepath.EvalSymlinks(executable); err == nil {
-		executable = real
+	for range maxLinks {
+		target, err := os.Readlink(executable)
+		if err != nil {
+			break
+		}
+		if !path.IsAbs(target) {
+			target = path.Join(path.Dir(executable), target)
+		}
+		executable = target
 	}
-	own := filepath.Dir(executable)
-	return append(dirs, own, filepath.Join(filepath.Dir(own), "libexec", "instar"),
+	own := path.Dir(executable)
+	return append(dirs, own, path.Join(path.Dir(own), "libexec", "instar"),
 		"/usr/local/libexec/instar", "/usr/libexec/instar"), nil
 }
 
 // addDir adds the plugins of one directory.
 func (s *Set) addDir(dir string) {
-	dir, err := filepath.Abs(dir)
+	dir, err := absolute(dir)
 	if err != nil {
 		s.refused = append(s.refused, err)
 		return
@@ -142,6 +148,16 @@ func (s *Set) addDir(dir string) {
 	}
 }
 
+// absolute makes a directory's name absolute. Package path/filepath would do so
+// too, but is initialised late (see package early).
+func absolute(dir string) (string, error) {
+	if path.IsAbs(dir) {
+		return path.Clean(dir), nil
+	}
+	wd, err := os.Getwd()
+	return path.Join(wd, dir), err
+}
+
 // pluginNames lists the directory's entries that begin with Prefix, sorted.
 func pluginNames(dir string) ([]string, error) {
 	d, err := os.Open(dir)
@@ -164,23 +180,23 @@ func pluginNames(dir string) ([]string, error) {
 }
 
 func (s *Set) addProgram(dir, name string) {
-	path := filepath.Join(dir, name)
-	info, err := os.Stat(path)
+	program := path.Join(dir, name)
+	info, err := os.Stat(program)
 	if err != nil || !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {
 		return
 	}
-	if err := trusted(path, info); err != nil {
+	if err := trusted(program, info); err != nil {
 		s.refused = append(s.refused, fmt.Errorf("plugin %w", err))
 		return
 	}
-	p := &Plugin{Path: path, Dir: dir, ManifestPath: path + ".json"}
+	p := &Plugin{Path: program, Dir: dir, ManifestPath: program + ".json"}
 	p.Manifest, err = readManifest(p.ManifestPath)
 	if errors.Is(err, fs.ErrNotExist) {
 		p.ManifestPath = ""
-		p.Manifest, err = askManifest(path)
+		p.Manifest, err = askManifest(program)
 	}
 	if err != nil {
-		s.refused = append(s.refused, fmt.Errorf("plugin %s: %w", path, err))
+		s.refused = append(s.refused, fmt.Errorf("plugin %s: %w", program, err))
 		return
 	}
 	for _, other := range s.plugins {
@@ -192,24 +208,24 @@ func (s *Set) addProgram(dir, name string) {
 }
 
 // trusted refuses what somebody else than root or the caller could replace.
-func trusted(path string, info fs.FileInfo) error {
+func trusted(name string, info fs.FileInfo) error {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	if !ok {
-		return fmt.Errorf("%s: owner unknown", path)
+		return fmt.Errorf("%s: owner unknown", name)
 	}
 	if uid := os.Geteuid(); st.Uid != 0 && int(st.Uid) != uid {
-		return fmt.Errorf("%s: refused: owned by user %d, neither root nor the caller", path, st.Uid)
+		return fmt.Errorf("%s: refused: owned by user %d, neither root nor the caller", name, st.Uid)
 	}
 	// A group that holds root or the caller alone would be harmless, but who is
 	// in a group cannot be told cheaply.
 	if info.Mode()&0o022 != 0 {
-		return fmt.Errorf("%s: refused: writable by others (mode %04o)", path, info.Mode().Perm())
+		return fmt.Errorf("%s: refused: writable by others (mode %04o)", name, info.Mode().Perm())
 	}
 	return nil
 }
 
-func readManifest(path string) (sdk.Manifest, error) {
-	f, err := os.Open(path)
+func readManifest(name string) (sdk.Manifest, error) {
+	f, err := os.Open(name)
 	if err != nil {
 		return sdk.Manifest{}, err
 	}
@@ -218,7 +234,7 @@ func readManifest(path string) (sdk.Manifest, error) {
 	if err != nil {
 		return sdk.Manifest{}, err
 	}
-	if err := trusted(path, info); err != nil {
+	if err := trusted(name, info); err != nil {
 		return sdk.Manifest{}, err
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxManifest+1))
@@ -228,17 +244,11 @@ func readManifest(path string) (sdk.Manifest, error) {
 	return parseManifest(b)
 }
 
-// askManifest starts the program to have it print its manifest: unconfined,
-// which is why only programs in trusted directories get here.
-func askManifest(path string) (sdk.Manifest, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), askTimeout)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, path, manifestFlag)
-	cmd.Env = []string{}
-	cmd.WaitDelay = time.Second
-	b, err := cmd.Output()
+// askManifest starts the program, in its sandbox, to have it print its manifest.
+func askManifest(program string) (sdk.Manifest, error) {
+	b, err := child.Output(child.Spec{Path: program, Args: []string{"--manifest"}}, maxManifest, askTimeout)
 	if err != nil {
-		return sdk.Manifest{}, fmt.Errorf("%s: %w", manifestFlag, err)
+		return sdk.Manifest{}, fmt.Errorf("no manifest beside it, and asked for it: %w", err)
 	}
 	return parseManifest(b)
 }
