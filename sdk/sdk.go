@@ -189,7 +189,7 @@ type Extent struct {
 	// (preallocated metadata, flat extents), so that a caller may look for them.
 	Sparse bool
 	// Raw marks Sparse Data of which the file alone tells whether it is data: its
-	// holes are zeros of the disk, not zeros in data (raw, fixed VHD).
+	// holes are zeros of the disk, not zeros in data (raw).
 	Raw bool
 }
 

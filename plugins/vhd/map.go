@@ -22,7 +22,7 @@ func (img *image) Map(ctx context.Context, off, length int64, yield func([]sdk.E
 	}
 	m := &mapper{yield: yield}
 	if img.footer.diskType == typeFixed {
-		m.add(sdk.Extent{Offset: off, Length: length, Kind: sdk.Data, HostOffset: off, Sparse: true, Raw: true})
+		m.add(sdk.Extent{Offset: off, Length: length, Kind: sdk.Data, HostOffset: off, Sparse: true})
 		m.flush()
 		return nil
 	}
