@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/instar-img/instar/sdk"
 	"github.com/instar-img/instar/sdk/formattest"
 )
 
@@ -159,6 +160,18 @@ func TestReadQemu(t *testing.T) {
 		if o.Info.Dirty {
 			t.Errorf("%s: dirty", opts)
 		}
+		// The map is finer than qemu-img's, and what it calls empty is.
+		data := int64(0)
+		for _, e := range o.Map() {
+			if e.Kind == sdk.Data {
+				data += e.Length
+			} else if len(bytes.TrimLeft(want[e.Offset:][:e.Length], "\x00")) != 0 {
+				t.Errorf("%s: %+v is not empty", opts, e)
+			}
+		}
+		if data == 0 || data == o.Info.VirtualSize && opts != "subformat=fixed,block_state_zero=off" && opts != "subformat=fixed" {
+			t.Errorf("%s: %d bytes of data", opts, data)
+		}
 	}
 }
 
@@ -215,5 +228,73 @@ func writeForQemu(t *testing.T, size int64) {
 		if !bytes.Equal(got, o.Read(0, size)) || got[9*mib] != 9 {
 			t.Errorf("%q: qemu-img reads something else after the second write", opts)
 		}
+	}
+}
+
+// TestFixedIsNotDoubled: the blocks of a fixed image go where the file has room
+// for them, whatever the table says of them at first.
+func TestFixedIsNotDoubled(t *testing.T) {
+	dir := t.TempDir()
+	theirs := filepath.Join(dir, "theirs")
+	formattest.Oracle(t, "qemu-img", "create", "-q", "-f", "vhdx", "-o", "subformat=fixed,block_size=1M", theirs, "5M")
+	for _, path := range []string{theirs, formattest.Create(t, New(), dir, "ours", 5*mib, "subformat=fixed,block_size=1M")} {
+		before, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Block 3 first: each block has its own place.
+		formattest.Write(t, New(), path, map[int64][]byte{3 * mib: bytes.Repeat([]byte{3}, mib)}, false)
+		o := formattest.Open(t, New(), path, false)
+		if m := o.Map(); len(m) != 3 || m[1].HostOffset != before.Size()-2*mib {
+			t.Errorf("map %+v", m)
+		}
+		after, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if before.Size() != after.Size() {
+			t.Errorf("%d bytes became %d", before.Size(), after.Size())
+		}
+		formattest.Oracle(t, "qemu-img", "check", path)
+		formattest.Write(t, New(), path, map[int64][]byte{mib: bytes.Repeat([]byte{1}, mib)}, false)
+		o = formattest.Open(t, New(), path, false)
+		if m := o.Map(); len(m) != 5 || m[1].HostOffset != before.Size()-4*mib || o.Read(3*mib, 1)[0] != 3 {
+			t.Errorf("map after the second write %+v", m)
+		}
+	}
+}
+
+func TestPreallocation(t *testing.T) {
+	for _, c := range []struct {
+		opts    string
+		length  int64 // planned
+		mode    sdk.Preallocation
+		present bool
+	}{
+		{"", 0, sdk.PreallocOff, false},
+		{"preallocation=falloc", 8 * mib, sdk.PreallocFalloc, false},
+		{"preallocation=full", 8 * mib, sdk.PreallocFull, false},
+		{"subformat=fixed", 0, sdk.PreallocOff, false},
+		{"subformat=fixed,preallocation=off", 0, sdk.PreallocOff, false},
+		{"subformat=fixed,preallocation=falloc,block_size=2M", 14 * mib, sdk.PreallocFalloc, true},
+		{"subformat=fixed,preallocation=full,block_size=2M", 14 * mib, sdk.PreallocFull, true},
+		{"subformat=fixed,preallocation=full,block_size=2M,block_state_zero=on", 13 * mib, sdk.PreallocFull, false},
+	} {
+		dir := t.TempDir()
+		plan, err := formattest.TryPlan(t, New(), dir, "a", 5*mib, c.opts, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f := plan.Info().Files[0]; f.Length != c.length || f.Preallocation != c.mode {
+			t.Errorf("%q: planned %+v", c.opts, f)
+		}
+		path := formattest.Create(t, New(), dir, "a", 5*mib, c.opts)
+		if m := formattest.Open(t, New(), path, false).Map(); (m[0].Kind == sdk.Data) != c.present {
+			t.Errorf("%q: map %+v", c.opts, m)
+		}
+		if fi, err := os.Stat(path); err != nil || c.length != 0 && fi.Size() != c.length {
+			t.Errorf("%q: %v, %v", c.opts, fi.Size(), err)
+		}
+		formattest.Oracle(t, "qemu-img", "check", path)
 	}
 }

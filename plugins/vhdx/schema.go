@@ -61,7 +61,7 @@ func (format) Describe() sdk.Description {
 			{Name: keySubformat, Type: option.Enum, Allowed: []string{subformatDynamic, subformatFixed}, Help: "VHDX format type, can be either 'dynamic' or 'fixed'. Default is 'dynamic'."},
 			{Name: keyBlockStateZero, Type: option.Bool, Help: "Force use of payload blocks of type 'ZERO'. Non-standard, but default.  Do not set to 'off' when using 'qemu-img convert' with subformat=dynamic."},
 			{Name: keyNocow, Type: option.Bool, Help: "Turn off copy-on-write (valid only on btrfs)"},
-			{Name: keyPreallocation, Type: option.Enum, Allowed: []string{preallocOff, preallocFalloc, preallocFull}, Help: "Preallocation mode (allowed values: off, falloc, full)"},
+			{Name: keyPreallocation, Type: option.Enum, Allowed: []string{preallocOff, preallocFalloc, preallocFull}, RangeText: "Unsupported preallocation mode: %s", Help: "Preallocation mode (allowed values: off, falloc, full)"},
 			{Name: keyExtentSizeHint, Type: option.Size, Help: "Extent size hint for the image file, 0 to disable"},
 			{Name: keyBackingFile, Type: option.String, Help: "File name of the parent of a differencing disk, a VHDX", Extra: true},
 			{Name: keyBackingFormat, Type: option.String, Help: "Image format of the parent, vhdx", Extra: true},

@@ -29,7 +29,7 @@ type writer struct {
 	end, capacity int64
 	grow          bool // the file's length is ours to set
 	// natural is where block 0 of a fixed image lies whose blocks have their
-	// place in the file but not in the table; -1 elsewhere.
+	// place in the file, whether the table says so or not; -1 elsewhere.
 	natural int64
 	// pages are the sectors of the table that change, by index.
 	pages map[int64]*page
@@ -68,7 +68,7 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 		return sdk.WriteInfo{}, err
 	}
 	// Blocks must not be shared before what they hold is superseded.
-	end, present, err := img.used(ctx)
+	end, present, natural, err := img.used(ctx)
 	if err != nil {
 		return sdk.WriteInfo{}, err
 	}
@@ -80,9 +80,9 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 	w.grow = img.file.File.Truncate(size) == nil
 	if w.grow {
 		w.end = max(end, ondisk.DivUp(size, mib)*mib)
-		if start := size - img.geo.virtualSize; img.fixed() && w.fresh && start >= end && start%mib == 0 {
-			w.natural = start
-			w.end = max(w.end, start+img.geo.blocks*img.geo.blockSize)
+		if natural >= 0 {
+			w.natural = natural
+			w.end = max(w.end, natural+img.geo.blocks*img.geo.blockSize)
 		}
 	} else {
 		w.end = end
@@ -99,36 +99,52 @@ func (img *image) fixed() bool {
 	return img.params.flags&(leaveBlocksAllocated|hasParent) == leaveBlocksAllocated
 }
 
-// used returns the end of the last structure and of the last block, and whether
-// there is a block at all. It refuses tables into which nothing should be added.
-func (img *image) used(ctx context.Context) (end int64, present bool, err error) {
+// used returns the end of the last structure and of the last block, whether
+// there is a block at all, and where block 0 of a fixed image lies of which every
+// block has its place, -1 elsewhere. It refuses tables into which nothing should
+// be added.
+func (img *image) used(ctx context.Context) (end int64, present bool, natural int64, err error) {
+	g := &img.geo
 	end = headerSectionEnd
 	for _, s := range img.regions {
 		end = max(end, s.end)
 	}
-	err = eachEntry(ctx, img.file, img.bat.start, 0, img.geo.entries, func(i int64, e batEntry) (bool, error) {
-		length := img.geo.blockSize
-		if _, payload := img.geo.block(i); !payload {
+	// The file ends with the disk, or with its last block.
+	var starts []int64
+	for _, n := range []int64{g.virtualSize, g.blocks * g.blockSize} {
+		if start := img.file.fileSize - n; img.fixed() && start >= end && start%mib == 0 {
+			starts = append(starts, start)
+		}
+	}
+	err = eachEntry(ctx, img.file, img.bat.start, 0, g.entries, func(i int64, e batEntry) (bool, error) {
+		block, payload := g.block(i)
+		length := g.blockSize
+		if !payload {
 			length = bitmapSize
 		}
 		// A block that is not present may have kept its place.
 		off, ok := ondisk.Int64(e.offset())
+		after := off
 		if ok {
-			off, ok = ondisk.Add(off, length)
+			after, ok = ondisk.Add(off, length)
 		}
-		if !ok || off > maxFileSize {
+		if !ok || after > maxFileSize {
 			if !e.present() {
 				return true, nil
 			}
 			return false, fmt.Errorf("bat[%d]: block at %#x: %w", i, e.offset(), sdk.ErrCorrupt)
 		}
-		if e.offset() != 0 && e.state() != blockZero && e.state() != blockNotPresent {
-			end = max(end, off)
+		if off != 0 && e.state() != blockZero && e.state() != blockNotPresent {
+			end = max(end, after)
+			starts = slices.DeleteFunc(starts, func(start int64) bool { return !payload || off != start+block*g.blockSize })
 		}
 		present = present || e.present()
 		return true, nil
 	})
-	return end, present, err
+	if len(starts) == 0 {
+		return end, present, -1, err
+	}
+	return end, present, starts[0], err
 }
 
 // touch marks the image as changed before the first change of guest bytes.
