@@ -123,7 +123,14 @@ func lockDir(path string) (*os.File, error) {
 }
 
 func (d *socketDir) remove() {
-	os.RemoveAll(d.path)
+	// Nearly always one socket and nothing else.
+	names, _ := d.lock.Readdirnames(-1)
+	for _, name := range names {
+		os.Remove(path.Join(d.path, name))
+	}
+	if os.Remove(d.path) != nil {
+		os.RemoveAll(d.path)
+	}
 	d.lock.Close()
 	os.Remove(d.base) // fails, as it should, while others use it
 }

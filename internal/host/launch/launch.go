@@ -7,7 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/rpc"
+	"math"
+	"net"
 	"os"
 	"os/exec"
 	"strconv"
@@ -19,6 +20,8 @@ import (
 	"github.com/hashicorp/go-plugin"
 	"github.com/hashicorp/go-plugin/runner"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/instar-img/instar/internal/host/ahead"
 	"github.com/instar-img/instar/internal/host/child"
@@ -64,6 +67,7 @@ type Process struct {
 	conn   *grpc.ClientConn
 	major  int
 
+	drain    *time.Timer
 	killOnce sync.Once
 }
 
@@ -101,7 +105,7 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 			MagicCookieValue: handshake.MagicCookieValue,
 		},
 		VersionedPlugins: map[int]plugin.PluginSet{
-			sdk.Protocol: {handshake.PluginName: &connPlugin{}},
+			sdk.Protocol: {}, // what it serves is no business of go-plugin's
 		},
 		AllowedProtocols: []plugin.Protocol{plugin.ProtocolGRPC},
 		Logger:           o.Logger,
@@ -110,7 +114,8 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 		StartTimeout:     o.StartTimeout,
 		// The child has its own; go-plugin makes one in it that is not used.
 		UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: c.SocketDir()},
-		RunnerFunc: func(hclog.Logger, *exec.Cmd, string) (runner.Runner, error) {
+		RunnerFunc: func(_ hclog.Logger, _ *exec.Cmd, unused string) (runner.Runner, error) {
+			os.Remove(unused)
 			return &childRunner{Child: c, name: p.Manifest.Name}, nil
 		},
 	})
@@ -169,21 +174,56 @@ func program(p *discover.Plugin, o Options) (*child.Child, error) {
 }
 
 // connect reads where the program listens, and dials.
+//
+// go-plugin's own client would do so too, and begin streams for its broker and
+// for what the plugin prints, which costs a millisecond before the first
+// request.
 func (p *Process) connect(client *plugin.Client) error {
-	if _, err := client.Start(); err != nil {
+	addr, err := client.Start()
+	if err != nil {
 		return p.startError(err)
 	}
 	p.major = client.NegotiatedVersion()
-	protocol, err := client.Client()
+	p.conn, err = grpc.NewClient("passthrough:///plugin",
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, addr.Network(), addr.String())
+		}),
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer), grpc.MaxCallSendMsgSize(math.MaxInt32)),
+		grpc.WithStaticStreamWindowSize(windowSize), grpc.WithStaticConnWindowSize(windowSize),
+		grpc.WithDisableServiceConfig(), grpc.WithDisableRetry())
 	if err != nil {
 		return p.startError(err)
 	}
-	conn, err := protocol.Dispense(handshake.PluginName)
-	if err != nil {
-		return p.startError(err)
-	}
-	p.conn = conn.(*grpc.ClientConn)
+	p.conn.Connect()
+	p.drain = time.AfterFunc(drainAfter, p.drainPrints)
 	return nil
+}
+
+const (
+	// maxAnswer bounds a plugin's answer: the largest are batches of extents.
+	maxAnswer = 64 << 20
+	// windowSize is fixed, so that no time goes into estimating it.
+	windowSize = 4 << 20
+	// drainAfter is when what a plugin printed is thrown away for the first time:
+	// before, it has room in a pipe.
+	drainAfter = 300 * time.Millisecond
+)
+
+// drainPrints throws away what the plugin writes to its os.Stdout and os.Stderr,
+// which go-plugin's server redirects to a stream: unread, it would block.
+func (p *Process) drainPrints() {
+	stream, err := p.conn.NewStream(context.Background(), &grpc.StreamDesc{ServerStreams: true}, "/plugin.GRPCStdio/StreamStdio")
+	if err != nil {
+		return
+	}
+	err = stream.SendMsg(&emptypb.Empty{})
+	if err == nil {
+		err = stream.CloseSend()
+	}
+	for err == nil {
+		err = stream.RecvMsg(&emptypb.Empty{})
+	}
 }
 
 // startError turns go-plugin's many-line advice into one line with what the
@@ -258,8 +298,11 @@ func (p *Process) SendFile(f *os.File) (ticket uint32, err error) {
 func (p *Process) Kill() {
 	p.killOnce.Do(func() {
 		p.child.Remove()
+		if p.drain != nil {
+			p.drain.Stop()
+		}
 		if p.conn != nil {
-			p.conn.Close()
+			go p.conn.Close() // it has nobody left to talk to
 		}
 	})
 }
@@ -291,23 +334,4 @@ func (p *Process) Explain(err error) error {
 		return exit
 	}
 	return err
-}
-
-// connPlugin hands out go-plugin's connection as it is.
-type connPlugin struct{}
-
-func (*connPlugin) GRPCServer(*plugin.GRPCBroker, *grpc.Server) error {
-	return errors.New("the core serves no format")
-}
-
-func (*connPlugin) GRPCClient(_ context.Context, _ *plugin.GRPCBroker, conn *grpc.ClientConn) (any, error) {
-	return conn, nil
-}
-
-func (*connPlugin) Server(*plugin.MuxBroker) (any, error) {
-	return nil, errors.New("gRPC only")
-}
-
-func (*connPlugin) Client(*plugin.MuxBroker, *rpc.Client) (any, error) {
-	return nil, errors.New("gRPC only")
 }
