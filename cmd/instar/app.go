@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
@@ -60,8 +61,21 @@ func (a *app) exit(ctx context.Context, err error) (int, string) {
 	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
 		return 130, "interrupted"
 	}
-	return 1, errno.Text(err)
+	var several reports
+	if !errors.As(err, &several) {
+		return 1, errno.Text(err)
+	}
+	texts := make([]string, len(several))
+	for i, e := range several {
+		texts[i] = errno.Text(e)
+	}
+	return 1, strings.Join(texts, "\n"+a.name+": ")
 }
+
+// reports are errors that are printed one by one, each with the prefix.
+type reports []error
+
+func (r reports) Error() string { return errors.Join(r...).Error() }
 
 // logf prints a line for -v.
 func (a *app) logf(format string, args ...any) {
@@ -117,9 +131,14 @@ func (a *app) openSource(ctx context.Context, f *sourceFlags, name string, opts 
 		return nil, err
 	}
 	source, err := f.parse(name)
-	if err != nil {
+	var usage *usageError
+	if errors.As(err, &usage) {
 		return nil, err
 	}
+	if err != nil {
+		return nil, fmt.Errorf("Could not open '%s': %w", name, err)
+	}
+	opts.Name = name
 	opener.Shared = f.shared || source.Shared
 	opts.Format, opts.Overrides = source.Format, source.Overrides
 	if source.Protocol {
@@ -174,6 +193,6 @@ func (a *app) rootCommand() *cobra.Command {
 	root.SetErr(a.err)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err.Error()} })
 	root.PersistentFlags().BoolVarP(&a.verbose, "verbose", "v", false, "say what is done beside the result, on standard error")
-	root.AddCommand(a.createCommand(), a.infoCommand(), a.mapCommand(), a.checkCommand(), a.measureCommand(), a.pluginCommand())
+	root.AddCommand(a.createCommand(), a.convertCommand(), a.infoCommand(), a.mapCommand(), a.checkCommand(), a.measureCommand(), a.pluginCommand())
 	return root
 }

@@ -8,14 +8,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/instar-img/instar/internal/host/discover"
+	"github.com/instar-img/instar/internal/host/errno"
 	"github.com/instar-img/instar/internal/host/gate"
 	"github.com/instar-img/instar/internal/host/lock"
 	"github.com/instar-img/instar/internal/host/session"
 	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/option"
 )
 
 // Opener opens images under one policy.
@@ -33,8 +37,13 @@ type Options struct {
 	Format    string // empty: detect
 	ReadWrite bool
 	Check     bool   // open what can be opened
-	Snapshot  string // internal snapshot, empty for the active state
+	Snapshot  string // internal snapshot, empty for the active state; see Snapshot
 	Backing   bool   // open the chain of backing files too
+	// Describe opens for Info alone: no guest data will be read, and each image
+	// of a chain is opened for its own sake.
+	Describe bool
+	// Name is what messages call the image; empty: its path.
+	Name string
 	// Overrides replace what images say of their backing files, by depth.
 	Overrides []Override
 }
@@ -109,12 +118,23 @@ func (c *Chain) Release() {
 
 // Open opens the image at path and, where asked for, its chain.
 func (o *Opener) Open(ctx context.Context, path string, opts Options) (*Chain, error) {
+	if opts.Name == "" {
+		opts.Name = path
+	}
 	walk := o.Gate.NewWalk()
 	file, err := walk.OpenMain(path, opts.ReadWrite)
 	if err != nil {
+		var host *errno.Error
+		protocol, _, colon := strings.Cut(path, ":")
+		switch {
+		case errors.Is(err, fs.ErrNotExist) && colon && !strings.Contains(protocol, "/"):
+			return nil, couldNotOpen(opts.Name, fmt.Errorf("Unknown protocol '%s'", protocol))
+		case errors.As(err, &host):
+			return nil, couldNotOpen(opts.Name, err) // QEMU names the image and the file
+		}
 		return nil, err
 	}
-	top, err := o.openLayer(ctx, walk, path, file, opts)
+	top, err := o.openTop(ctx, walk, path, file, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -122,15 +142,91 @@ func (o *Opener) Open(ctx context.Context, path string, opts Options) (*Chain, e
 	if !opts.Backing {
 		return chain, nil
 	}
-	if err := o.openBackings(ctx, walk, chain, opts.Overrides); err != nil {
+	if err := o.openBackings(ctx, walk, chain, opts); err != nil {
 		chain.Close()
 		return nil, err
 	}
 	return chain, nil
 }
 
+func couldNotOpen(name string, err error) error {
+	return fmt.Errorf("Could not open '%s': %w", name, err)
+}
+
+// openTop opens the image itself, at the snapshot asked for.
+func (o *Opener) openTop(ctx context.Context, walk *gate.Walk, path string, file *os.File, opts Options) (*Layer, error) {
+	snapshot := opts.Snapshot
+	if strings.HasPrefix(snapshot, "snapshot.") {
+		// Only what the image tells of its snapshots can answer this.
+		active := opts
+		active.Snapshot, active.Describe = "", true
+		layer, err := o.openLayer(ctx, walk, path, file, active)
+		if err != nil {
+			return nil, couldNotOpen(opts.Name, err)
+		}
+		defer (&Chain{Layers: []*Layer{layer}}).Release()
+		if opts.Snapshot, err = FindSnapshot(layer.Info.Snapshots, snapshot); err != nil {
+			return nil, fmt.Errorf("Failed to load snapshot: %w", err)
+		}
+		if file, err = o.Gate.NewWalk().OpenMain(path, opts.ReadWrite); err != nil {
+			return nil, err
+		}
+	}
+	layer, err := o.openLayer(ctx, walk, path, file, opts)
+	switch {
+	case err == nil:
+		return layer, nil
+	case opts.Snapshot != "" && errors.Is(err, sdk.ErrNotFound):
+		return nil, fmt.Errorf("Failed to load snapshot: %w", errNoSnapshot)
+	}
+	return nil, couldNotOpen(opts.Name, err)
+}
+
+// errNoSnapshot has qemu-img's words.
+var errNoSnapshot = &sdk.Error{Text: "Can't find snapshot", Class: sdk.ErrNotFound}
+
+// FindSnapshot returns the id of the snapshot that -l selects: ID or NAME, or
+// snapshot.id=ID,snapshot.name=NAME, of which both must fit.
+func FindSnapshot(snapshots []sdk.Snapshot, which string) (string, error) {
+	if !strings.HasPrefix(which, "snapshot.") {
+		for _, fits := range []func(*sdk.Snapshot) bool{
+			func(s *sdk.Snapshot) bool { return s.ID == which },
+			func(s *sdk.Snapshot) bool { return s.Name == which },
+		} {
+			for i := range snapshots {
+				if fits(&snapshots[i]) {
+					return snapshots[i].ID, nil
+				}
+			}
+		}
+		return "", errNoSnapshot
+	}
+	settings, _, err := option.Split(which)
+	if err != nil {
+		return "", err
+	}
+	var id, name *string
+	for i := range settings {
+		switch x := &settings[i]; x.Key {
+		case "snapshot.id":
+			id = &x.Value
+		case "snapshot.name":
+			name = &x.Value
+		default:
+			return "", fmt.Errorf("Invalid parameter '%s'", x.Key)
+		}
+	}
+	for i := range snapshots {
+		if s := &snapshots[i]; (id == nil || s.ID == *id) && (name == nil || s.Name == *name) {
+			return s.ID, nil
+		}
+	}
+	return "", errNoSnapshot
+}
+
 // openBackings appends the chain below its last layer.
-func (o *Opener) openBackings(ctx context.Context, walk *gate.Walk, chain *Chain, overrides []Override) error {
+func (o *Opener) openBackings(ctx context.Context, walk *gate.Walk, chain *Chain, opts Options) error {
+	overrides := opts.Overrides
 	for {
 		layer := chain.Layers[len(chain.Layers)-1]
 		ref, ok := layer.Backing()
@@ -141,19 +237,24 @@ func (o *Opener) openBackings(ctx context.Context, walk *gate.Walk, chain *Chain
 		if over.None || (!ok && over.Path == "") {
 			return nil
 		}
-		next, err := o.openBacking(ctx, walk, layer, ref, over)
-		if err != nil {
-			return err
+		next, path, err := o.openBacking(ctx, walk, layer, ref, over, opts.Describe)
+		switch {
+		case err == nil:
+			chain.Layers = append(chain.Layers, next)
+		case opts.Describe:
+			return couldNotOpen(path, err)
+		default:
+			return couldNotOpen(opts.Name, fmt.Errorf("%s%w", strings.Repeat("Could not open backing file: ", len(chain.Layers)), err))
 		}
-		chain.Layers = append(chain.Layers, next)
 	}
 }
 
-func (o *Opener) openBacking(ctx context.Context, walk *gate.Walk, layer *Layer, ref sdk.Reference, over Override) (*Layer, error) {
+// openBacking opens the image that layer refers to. Where it fails it returns
+// the path that was tried.
+func (o *Opener) openBacking(ctx context.Context, walk *gate.Walk, layer *Layer, ref sdk.Reference, over Override, describe bool) (*Layer, string, error) {
 	var file *os.File
-	var path string
 	var err error
-	format := ref.Format
+	path, format := layer.FullName(ref), ref.Format
 	if over.Path != "" {
 		path, format = over.Path, over.Format
 		file, err = walk.OpenMain(path, false)
@@ -161,24 +262,27 @@ func (o *Opener) openBacking(ctx context.Context, walk *gate.Walk, layer *Layer,
 		if over.Format != "" {
 			format = over.Format
 		}
-		file, path, err = walk.OpenReference(layer.Path, ref)
+		var found string
+		if file, found, err = walk.OpenReference(layer.Path, ref); err == nil {
+			path = found
+		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("Could not open backing file: %w", err)
+		return nil, path, err
 	}
 	if format == "" && o.Warn != nil {
 		o.Warn(fmt.Sprintf("%s names no format for its backing file %s: probing it", layer.Path, path))
 	}
-	next, err := o.openLayer(ctx, walk, path, file, Options{Format: format})
+	next, err := o.openLayer(ctx, walk, path, file, Options{Format: format, Describe: describe})
 	if err != nil {
-		return nil, fmt.Errorf("Could not open backing file: %w", err)
+		return nil, path, err
 	}
 	if ref.IdentityKey != "" && over.Path == "" && next.Info.Identity[ref.IdentityKey] != ref.Identity {
 		next.Close()
-		return nil, fmt.Errorf("%s: backing file %s is another image than the one it was made on (%s %s, expected %s): %w",
+		return nil, path, fmt.Errorf("%s: backing file %s is another image than the one it was made on (%s %s, expected %s): %w",
 			layer.Path, path, ref.IdentityKey, next.Info.Identity[ref.IdentityKey], ref.Identity, sdk.ErrCorrupt)
 	}
-	return next, nil
+	return next, path, nil
 }
 
 // openLayer opens one image of which file is the main file, and takes it over.
@@ -189,14 +293,8 @@ func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, fi
 			layer.Close()
 		}
 	}()
-	if !o.Shared {
-		mode := lock.Read
-		if opts.ReadWrite {
-			mode = lock.Write
-		}
-		if err := lock.Take(file, path, mode); err != nil {
-			return nil, err
-		}
+	if err := o.lock(file, path, opts.ReadWrite); err != nil {
+		return nil, err
 	}
 	if layer.Plugin, err = o.choose(path, file, opts.Format); err != nil {
 		return nil, err
@@ -210,12 +308,24 @@ func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, fi
 		ReadWrite: opts.ReadWrite, Check: opts.Check, Snapshot: opts.Snapshot, Name: filepath.Base(path),
 	})
 	if err != nil {
-		return nil, fmt.Errorf("Could not open '%s': %w", path, err)
+		return nil, err
 	}
 	if layer.Info, err = layer.Image.Info(ctx); err != nil {
-		return nil, fmt.Errorf("Could not open '%s': %w", path, err)
+		return nil, err
 	}
 	return layer, o.attach(ctx, walk, layer, opts)
+}
+
+// lock takes QEMU's locks on a file, unless -U was given.
+func (o *Opener) lock(file *os.File, path string, readWrite bool) error {
+	mode := lock.Read
+	switch {
+	case o.Shared:
+		mode = lock.Share
+	case readWrite:
+		mode = lock.Write
+	}
+	return lock.Take(file, path, mode)
 }
 
 // attach hands the plugin the further files of its image that the gate grants.
@@ -225,10 +335,18 @@ func (o *Opener) attach(ctx context.Context, walk *gate.Walk, layer *Layer, opts
 		if ref.Kind == sdk.RefBacking || ref.Role == sdk.RoleMain {
 			continue
 		}
+		if ref.Kind == sdk.RefData && opts.Describe {
+			continue // QEMU describes an image without its data file
+		}
 		file, path, err := walk.OpenPart(layer.Path, ref, opts.ReadWrite)
+		if err == nil {
+			if err = o.lock(file, path, opts.ReadWrite); err != nil {
+				file.Close()
+			}
+		}
 		if err != nil {
 			if ref.Required && !opts.Check {
-				return fmt.Errorf("Could not open '%s': %w", layer.Path, err)
+				return err
 			}
 			layer.Refused = append(layer.Refused, err)
 			continue
@@ -244,7 +362,7 @@ func (o *Opener) attach(ctx context.Context, walk *gate.Walk, layer *Layer, opts
 		return fmt.Errorf("%s: plugin %s refers to files and takes none", layer.Path, layer.Format())
 	}
 	if err := attacher.Attach(ctx, granted); err != nil {
-		return fmt.Errorf("Could not open '%s': %w", layer.Path, err)
+		return err
 	}
 	var err error
 	layer.Info, err = layer.Image.Info(ctx)
@@ -256,16 +374,16 @@ func (o *Opener) choose(path string, file *os.File, format string) (*discover.Pl
 	if format != "" {
 		p, err := o.Session.Plugins.ByName(format)
 		if err != nil {
-			return nil, fmt.Errorf("Could not open '%s': %w", path, err)
+			return nil, err
 		}
-		return p, opens(path, p)
+		return p, opens(p)
 	}
 	matches, err := o.Probe(file)
 	if err != nil {
-		return nil, fmt.Errorf("Could not open '%s': %w", path, err)
+		return nil, err
 	}
 	if len(matches) == 0 {
-		return nil, fmt.Errorf("Could not open '%s': no installed format recognises it: %w", path, sdk.ErrNotFormat)
+		return nil, fmt.Errorf("no installed format recognises it: %w", sdk.ErrNotFormat)
 	}
 	if err := o.Gate.Ambiguous(path, names(matches)); err != nil {
 		return nil, err
@@ -273,12 +391,12 @@ func (o *Opener) choose(path string, file *os.File, format string) (*discover.Pl
 	if matches[0].Score > 1 && len(certain(matches)) > 1 && o.Warn != nil {
 		o.Warn(fmt.Sprintf("%s could be any of %v; taken as %s (-f chooses)", path, certain(matches), matches[0].Plugin.Manifest.Name))
 	}
-	return matches[0].Plugin, opens(path, matches[0].Plugin)
+	return matches[0].Plugin, opens(matches[0].Plugin)
 }
 
-func opens(path string, p *discover.Plugin) error {
+func opens(p *discover.Plugin) error {
 	if !p.Manifest.Has(sdk.CapOpen) {
-		return fmt.Errorf("Could not open '%s': plugin %s cannot open images: %w", path, p.Manifest.Name, sdk.ErrUnsupported)
+		return fmt.Errorf("plugin %s cannot open images: %w", p.Manifest.Name, sdk.ErrUnsupported)
 	}
 	return nil
 }

@@ -30,10 +30,13 @@ func ParseImageOptions(s string) (*Source, error) {
 	if err != nil {
 		return nil, err
 	}
+	if len(settings) > 0 && settings[0].Bare {
+		return nil, fmt.Errorf("Cannot find device='%s' nor node-name='%[1]s'", settings[0].Key)
+	}
 	root := node{}
 	for _, x := range settings {
 		if err := root.set(strings.Split(x.Key, "."), x.Value); err != nil {
-			return nil, fmt.Errorf("--image-opts %s: %w", s, err)
+			return nil, err
 		}
 	}
 	return root.source()
@@ -43,11 +46,14 @@ func ParseImageOptions(s string) (*Source, error) {
 // line only.
 const jsonPrefix = "json:"
 
-// ParseName parses an image argument: a path, or json:{...}.
+// filePrefix may stand before a path on the command line.
+const filePrefix = "file:"
+
+// ParseName parses an image argument: a path, file:PATH, or json:{...}.
 func ParseName(name string) (*Source, error) {
 	rest, ok := strings.CutPrefix(name, jsonPrefix)
 	if !ok {
-		return &Source{Path: name}, nil
+		return &Source{Path: strings.TrimPrefix(name, filePrefix)}, nil
 	}
 	d := json.NewDecoder(bytes.NewReader([]byte(rest)))
 	d.UseNumber()
