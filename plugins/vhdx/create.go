@@ -121,12 +121,14 @@ func (p *plan) parent() error {
 		return fmt.Errorf("size %d: a differencing VHDX is as large as its parent, %d: %w", p.req.Size, b.VirtualSize, sdk.ErrInvalid)
 	}
 	id, ok := parseBraced(b.Identity[identityDataWrite])
-	sector, err := strconv.ParseUint(b.Identity[identityLogicalSector], 10, 32)
-	if !ok || err != nil {
-		return fmt.Errorf("backing file %q: no id or sector size is known of it: %w", p.req.BackingName, sdk.ErrInvalid)
+	disk, ok2 := parseBraced(b.Identity[identityDisk])
+	logical, err := strconv.ParseUint(b.Identity[identityLogicalSector], 10, 32)
+	physical, err2 := strconv.ParseUint(b.Identity[identityPhysicalSector], 10, 32)
+	if !ok || !ok2 || err != nil || err2 != nil {
+		return fmt.Errorf("backing file %q: its ids or sector sizes are not known: %w", p.req.BackingName, sdk.ErrInvalid)
 	}
-	p.params.logicalSector = uint32(sector)
-	p.params.physicalSector = uint32(sector)
+	p.params.diskID = disk
+	p.params.logicalSector, p.params.physicalSector = uint32(logical), uint32(physical)
 	if err := p.params.validate(); err != nil {
 		return fmt.Errorf("backing file %q: %w", p.req.BackingName, err)
 	}
@@ -255,9 +257,10 @@ func (p *plan) Emit(ctx context.Context, files []sdk.NamedFile) error {
 		return err
 	}
 	ids := p.guids()
-	p.params.diskID, err = ids.next()
-	if err != nil {
-		return err
+	if p.locator == nil {
+		if p.params.diskID, err = ids.next(); err != nil {
+			return err
+		}
 	}
 	w := &emitter{f: f, old: size}
 	id := make([]byte, identifierSize)

@@ -268,6 +268,14 @@ func TestDiff(t *testing.T) {
 	if ref.Kind != sdk.RefBacking || ref.Name != "base.vhdx" || ref.Format != "vhdx" || ref.Identity == "" || ref.Identity != base.Info.Identity[ref.IdentityKey] {
 		t.Errorf("reference %+v, parent's identity %v", ref, base.Info.Identity)
 	}
+	for _, key := range []string{identityDisk, identityLogicalSector, identityPhysicalSector} {
+		if o.Info.Identity[key] != base.Info.Identity[key] || o.Info.Identity[key] == "" {
+			t.Errorf("%s is %q, the parent's %q", key, o.Info.Identity[key], base.Info.Identity[key])
+		}
+	}
+	if o.Info.Identity[identityDataWrite] == ref.Identity {
+		t.Error("the child has its parent's data write GUID")
+	}
 	if m := o.Map(); len(m) != 1 || m[0].Kind != sdk.Absent {
 		t.Errorf("map of a new differencing disk: %+v", m)
 	}

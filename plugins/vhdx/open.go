@@ -11,10 +11,13 @@ import (
 	"github.com/instar-img/instar/sdk/ondisk"
 )
 
-// Keys of Info.Identity: what a differencing disk has to know of its parent.
+// Keys of Info.Identity: what a differencing disk has to know of its parent. It
+// takes over all that describes the virtual disk (MS-VHDX 2.6.1.2).
 const (
-	identityDataWrite     = "vhdx-data-write-guid"
-	identityLogicalSector = "vhdx-logical-sector-size"
+	identityDataWrite      = "vhdx-data-write-guid"
+	identityDisk           = "vhdx-virtual-disk-id"
+	identityLogicalSector  = "vhdx-logical-sector-size"
+	identityPhysicalSector = "vhdx-physical-sector-size"
 )
 
 type image struct {
@@ -204,8 +207,10 @@ func (img *image) Info(context.Context) (*sdk.Info, error) {
 		AllocationUnit: img.geo.blockSize,
 		Dirty:          img.file.dirty(),
 		Identity: map[string]string{
-			identityDataWrite:     braced(img.headers.get().dataWrite),
-			identityLogicalSector: strconv.FormatInt(img.geo.sector, 10),
+			identityDataWrite:      braced(img.headers.get().dataWrite),
+			identityDisk:           braced(img.params.diskID),
+			identityLogicalSector:  strconv.FormatInt(img.geo.sector, 10),
+			identityPhysicalSector: strconv.FormatUint(uint64(img.params.physicalSector), 10),
 		},
 	}
 	if img.parent != nil {
