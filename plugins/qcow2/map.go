@@ -147,6 +147,7 @@ func (m *mapper) cluster(e l2Entry, pos, end int64) error {
 	allocated := host != 0 || m.im.h.dataFile() && e.copied()
 	if !g.extended() {
 		zero := e.desc&flagZero != 0
+		allocated = allocated && (host != 0 || !zero)
 		if zero && m.im.h.version < 3 {
 			return fmt.Errorf("zero cluster entry in an image of version 2: %w", sdk.ErrCorrupt)
 		}

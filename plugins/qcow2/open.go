@@ -80,9 +80,9 @@ func (format) Open(_ context.Context, req sdk.OpenRequest) (sdk.Image, error) {
 		if im.snapshots, err = im.readSnapshots(); err != nil {
 			return nil, err
 		}
-		if im.bitmaps, err = im.readBitmaps(); err != nil {
-			return nil, err
-		}
+	}
+	if im.bitmaps, err = im.readBitmaps(); err != nil {
+		return nil, err
 	}
 	if req.Snapshot != "" {
 		if err := im.selectSnapshot(req.Snapshot); err != nil {
