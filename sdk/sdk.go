@@ -243,6 +243,9 @@ type Info struct {
 	Corrupt        bool
 	References     []Reference
 	Snapshots      []Snapshot
+	// Bitmaps: the image can have persistent bitmaps. Those it has are the list
+	// "bitmaps" in Specific, objects of name, granularity and flags.
+	Bitmaps bool
 	// SpecificType is "type" of format-specific; Specific its "data", in the
 	// order in which the format defines it. Both empty: the image has none.
 	SpecificType string
@@ -391,10 +394,26 @@ type MeasureRequest struct {
 	Bitmaps []BitmapInfo
 }
 
-// BitmapInfo describes a persistent bitmap.
+// BitmapInfo describes a persistent bitmap: which guest ranges were written.
 type BitmapInfo struct {
-	Name        string
-	Granularity int64 // bytes of guest for each bit
+	Name         string
+	Granularity  int64 // bytes of guest for each bit
+	Enabled      bool  // it records writes
+	Inconsistent bool  // it was in use when the image was not closed
+}
+
+// BitmapReader is implemented by images whose bitmaps can be read.
+type BitmapReader interface {
+	// ReadBitmap calls yield with the dirty guest ranges of a bitmap, ascending,
+	// until it returns false.
+	ReadBitmap(ctx context.Context, name string, yield func([]Run) bool) error
+}
+
+// BitmapWriter is implemented by images opened with ReadWrite that can be given
+// bitmaps, between BeginWrite and Finish.
+type BitmapWriter interface {
+	// WriteBitmap adds dirty guest ranges to a bitmap, which the first call makes.
+	WriteBitmap(ctx context.Context, b BitmapInfo, runs []Run) error
 }
 
 // MeasureResult is in bytes.

@@ -109,11 +109,7 @@ func (p *plan) Measure(ctx context.Context, req sdk.MeasureRequest) (sdk.Measure
 	if !p.measurable {
 		return sdk.MeasureResult{}, fmt.Errorf("measure: %w", sdk.ErrUnsupported)
 	}
-	m := &pb.MeasurePlanRequest{Plan: p.id, AllocatedUnits: req.AllocatedUnits}
-	for _, b := range req.Bitmaps {
-		m.Bitmaps = append(m.Bitmaps, &pb.BitmapInfo{Name: b.Name, Granularity: b.Granularity})
-	}
-	r, err := p.format.rpc.MeasurePlan(ctx, m)
+	r, err := p.format.rpc.MeasurePlan(ctx, &pb.MeasurePlanRequest{Plan: p.id, AllocatedUnits: req.AllocatedUnits, Bitmaps: wire.Bitmaps(req.Bitmaps)})
 	if err != nil {
 		return sdk.MeasureResult{}, wire.FromStatus(err)
 	}
@@ -139,6 +135,7 @@ func (f *Format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, erro
 	return &Image{
 		format: f, id: r.GetImage(), info: info,
 		checker: r.GetChecker(), decoder: r.GetDecoder(), attacher: r.GetAttacher(), writer: r.GetWriter(),
+		bitmapReader: r.GetBitmapReader(), bitmapWriter: r.GetBitmapWriter(),
 	}, nil
 }
 
@@ -149,6 +146,7 @@ type Image struct {
 	info   *sdk.Info
 
 	checker, decoder, attacher, writer bool
+	bitmapReader, bitmapWriter         bool
 
 	scratchMu sync.Mutex
 	scratch   *Window
@@ -165,6 +163,10 @@ func (m *Image) Supports(iface any) bool {
 		return m.attacher
 	case *sdk.Writer, *WindowEncoder:
 		return m.writer
+	case *sdk.BitmapReader:
+		return m.bitmapReader
+	case *sdk.BitmapWriter:
+		return m.bitmapWriter
 	}
 	return false
 }
@@ -326,5 +328,33 @@ func (m *Image) Zero(ctx context.Context, runs []sdk.Run) error {
 // Finish implements sdk.Writer.
 func (m *Image) Finish(ctx context.Context) error {
 	_, err := m.format.rpc.FinishWrite(ctx, &pb.FinishWriteRequest{Image: m.id})
+	return wire.FromStatus(err)
+}
+
+// ReadBitmap implements sdk.BitmapReader.
+func (m *Image) ReadBitmap(ctx context.Context, name string, yield func([]sdk.Run) bool) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := m.format.rpc.ReadBitmap(ctx, &pb.ReadBitmapRequest{Image: m.id, Name: name}, grpc.MaxCallRecvMsgSize(maxMessage))
+	if err != nil {
+		return wire.FromStatus(err)
+	}
+	for {
+		r, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return wire.FromStatus(err)
+		}
+		if !yield(wire.FromRuns(r.GetRuns())) {
+			return nil
+		}
+	}
+}
+
+// WriteBitmap implements sdk.BitmapWriter.
+func (m *Image) WriteBitmap(ctx context.Context, b sdk.BitmapInfo, runs []sdk.Run) error {
+	_, err := m.format.rpc.WriteBitmap(ctx, &pb.WriteBitmapRequest{Image: m.id, Bitmap: wire.Bitmap(b), Runs: wire.Runs(runs)})
 	return wire.FromStatus(err)
 }

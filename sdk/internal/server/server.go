@@ -129,11 +129,7 @@ func (s *Server) MeasurePlan(ctx context.Context, r *pb.MeasurePlanRequest) (*pb
 	if !ok {
 		return nil, wire.Status(fmt.Errorf("measure: %w", sdk.ErrUnsupported))
 	}
-	req := sdk.MeasureRequest{AllocatedUnits: r.GetAllocatedUnits()}
-	for _, b := range r.GetBitmaps() {
-		req.Bitmaps = append(req.Bitmaps, sdk.BitmapInfo{Name: b.GetName(), Granularity: b.GetGranularity()})
-	}
-	res, err := m.Measure(ctx, req)
+	res, err := m.Measure(ctx, sdk.MeasureRequest{AllocatedUnits: r.GetAllocatedUnits(), Bitmaps: wire.FromBitmaps(r.GetBitmaps())})
 	if err != nil {
 		return nil, wire.Status(err)
 	}
@@ -187,6 +183,8 @@ func (s *Server) OpenImage(ctx context.Context, r *pb.OpenImageRequest) (*pb.Ope
 	_, resp.Decoder = sdk.As[sdk.Decoder](img)
 	_, resp.Attacher = sdk.As[sdk.Attacher](img)
 	_, resp.Writer = sdk.As[sdk.Writer](img)
+	_, resp.BitmapReader = sdk.As[sdk.BitmapReader](img)
+	_, resp.BitmapWriter = sdk.As[sdk.BitmapWriter](img)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	resp.Image = s.newID()
@@ -448,4 +446,34 @@ func (s *Server) FinishWrite(ctx context.Context, r *pb.FinishWriteRequest) (*pb
 		return nil, err
 	}
 	return &pb.FinishWriteResponse{}, wire.Status(w.Finish(ctx))
+}
+
+// ReadBitmap streams the dirty ranges of a bitmap.
+func (s *Server) ReadBitmap(r *pb.ReadBitmapRequest, stream pb.FormatService_ReadBitmapServer) error {
+	b, err := capability[sdk.BitmapReader](s, r.GetImage())
+	if err != nil {
+		return err
+	}
+	var sendErr error
+	err = b.ReadBitmap(stream.Context(), r.GetName(), func(runs []sdk.Run) bool {
+		for len(runs) > 0 && sendErr == nil {
+			n := min(len(runs), mapBatch)
+			sendErr = stream.Send(&pb.ReadBitmapResponse{Runs: wire.Runs(runs[:n])})
+			runs = runs[n:]
+		}
+		return sendErr == nil
+	})
+	if err != nil {
+		return wire.Status(err)
+	}
+	return sendErr
+}
+
+// WriteBitmap adds dirty ranges to a bitmap of a target.
+func (s *Server) WriteBitmap(ctx context.Context, r *pb.WriteBitmapRequest) (*pb.WriteBitmapResponse, error) {
+	w, err := capability[sdk.BitmapWriter](s, r.GetImage())
+	if err != nil {
+		return nil, err
+	}
+	return &pb.WriteBitmapResponse{}, wire.Status(w.WriteBitmap(ctx, wire.FromBitmap(r.GetBitmap()), wire.FromRuns(r.GetRuns())))
 }

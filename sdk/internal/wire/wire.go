@@ -163,6 +163,7 @@ func Info(in *sdk.Info) *pb.Info {
 		Encrypted: in.Encrypted, Compressed: in.Compressed, Dirty: in.Dirty, Corrupt: in.Corrupt,
 		SpecificType: in.SpecificType, Specific: facts(in.Specific), Identity: in.Identity,
 	}
+	out.Bitmaps = Bitmaps(in.Bitmaps)
 	for _, r := range in.References {
 		out.References = append(out.References, &pb.Reference{
 			Kind: string(r.Kind), Role: r.Role, Name: r.Name, Alternatives: r.Alternatives,
@@ -184,12 +185,13 @@ func FromInfo(in *pb.Info) (*sdk.Info, error) {
 	}
 	out := &sdk.Info{
 		VirtualSize: in.GetVirtualSize(), AllocationUnit: in.GetAllocationUnit(),
-		Encrypted: in.GetEncrypted(), Compressed: in.GetCompressed(), Dirty: in.GetDirty(), Corrupt: in.GetCorrupt(),
+		Encrypted: in.GetEncrypted(), Compressed: in.GetCompressed(), Dirty: in.GetDirty(), Corrupt: in.GetCorrupt(), Bitmaps: in.GetBitmaps(),
 		SpecificType: in.GetSpecificType(), Specific: fromFacts(in.GetSpecific(), 0), Identity: in.GetIdentity(),
 	}
 	if out.VirtualSize < 0 || out.AllocationUnit < 0 {
 		return nil, fmt.Errorf("plugin sent a negative size (virtual size %d, allocation unit %d)", out.VirtualSize, out.AllocationUnit)
 	}
+	out.Bitmaps = FromBitmaps(in.GetBitmaps())
 	for _, r := range in.GetReferences() {
 		kind := sdk.ReferenceKind(r.GetKind())
 		switch kind {
@@ -209,6 +211,32 @@ func FromInfo(in *pb.Info) (*sdk.Info, error) {
 		})
 	}
 	return out, nil
+}
+
+// Bitmaps and FromBitmaps convert.
+func Bitmaps(in []sdk.BitmapInfo) []*pb.BitmapInfo {
+	var out []*pb.BitmapInfo
+	for i := range in {
+		out = append(out, Bitmap(in[i]))
+	}
+	return out
+}
+
+func FromBitmaps(in []*pb.BitmapInfo) []sdk.BitmapInfo {
+	var out []sdk.BitmapInfo
+	for _, b := range in {
+		out = append(out, FromBitmap(b))
+	}
+	return out
+}
+
+// Bitmap and FromBitmap convert one.
+func Bitmap(b sdk.BitmapInfo) *pb.BitmapInfo {
+	return &pb.BitmapInfo{Name: b.Name, Granularity: b.Granularity, Enabled: b.Enabled, Inconsistent: b.Inconsistent}
+}
+
+func FromBitmap(b *pb.BitmapInfo) sdk.BitmapInfo {
+	return sdk.BitmapInfo{Name: b.GetName(), Granularity: b.GetGranularity(), Enabled: b.GetEnabled(), Inconsistent: b.GetInconsistent()}
 }
 
 func facts(in []sdk.Fact) []*pb.Fact {

@@ -1090,6 +1090,8 @@ type BitmapInfo struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Granularity   int64                  `protobuf:"varint,2,opt,name=granularity,proto3" json:"granularity,omitempty"`
+	Enabled       bool                   `protobuf:"varint,3,opt,name=enabled,proto3" json:"enabled,omitempty"`
+	Inconsistent  bool                   `protobuf:"varint,4,opt,name=inconsistent,proto3" json:"inconsistent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1138,6 +1140,212 @@ func (x *BitmapInfo) GetGranularity() int64 {
 	return 0
 }
 
+func (x *BitmapInfo) GetEnabled() bool {
+	if x != nil {
+		return x.Enabled
+	}
+	return false
+}
+
+func (x *BitmapInfo) GetInconsistent() bool {
+	if x != nil {
+		return x.Inconsistent
+	}
+	return false
+}
+
+type ReadBitmapRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         uint64                 `protobuf:"varint,1,opt,name=image,proto3" json:"image,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadBitmapRequest) Reset() {
+	*x = ReadBitmapRequest{}
+	mi := &file_instar_format_v1_format_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadBitmapRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadBitmapRequest) ProtoMessage() {}
+
+func (x *ReadBitmapRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_instar_format_v1_format_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadBitmapRequest.ProtoReflect.Descriptor instead.
+func (*ReadBitmapRequest) Descriptor() ([]byte, []int) {
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ReadBitmapRequest) GetImage() uint64 {
+	if x != nil {
+		return x.Image
+	}
+	return 0
+}
+
+func (x *ReadBitmapRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ReadBitmapResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Runs          []*Run                 `protobuf:"bytes,1,rep,name=runs,proto3" json:"runs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadBitmapResponse) Reset() {
+	*x = ReadBitmapResponse{}
+	mi := &file_instar_format_v1_format_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadBitmapResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadBitmapResponse) ProtoMessage() {}
+
+func (x *ReadBitmapResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_instar_format_v1_format_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadBitmapResponse.ProtoReflect.Descriptor instead.
+func (*ReadBitmapResponse) Descriptor() ([]byte, []int) {
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ReadBitmapResponse) GetRuns() []*Run {
+	if x != nil {
+		return x.Runs
+	}
+	return nil
+}
+
+type WriteBitmapRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         uint64                 `protobuf:"varint,1,opt,name=image,proto3" json:"image,omitempty"`
+	Bitmap        *BitmapInfo            `protobuf:"bytes,2,opt,name=bitmap,proto3" json:"bitmap,omitempty"`
+	Runs          []*Run                 `protobuf:"bytes,3,rep,name=runs,proto3" json:"runs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteBitmapRequest) Reset() {
+	*x = WriteBitmapRequest{}
+	mi := &file_instar_format_v1_format_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteBitmapRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteBitmapRequest) ProtoMessage() {}
+
+func (x *WriteBitmapRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_instar_format_v1_format_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteBitmapRequest.ProtoReflect.Descriptor instead.
+func (*WriteBitmapRequest) Descriptor() ([]byte, []int) {
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *WriteBitmapRequest) GetImage() uint64 {
+	if x != nil {
+		return x.Image
+	}
+	return 0
+}
+
+func (x *WriteBitmapRequest) GetBitmap() *BitmapInfo {
+	if x != nil {
+		return x.Bitmap
+	}
+	return nil
+}
+
+func (x *WriteBitmapRequest) GetRuns() []*Run {
+	if x != nil {
+		return x.Runs
+	}
+	return nil
+}
+
+type WriteBitmapResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteBitmapResponse) Reset() {
+	*x = WriteBitmapResponse{}
+	mi := &file_instar_format_v1_format_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteBitmapResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteBitmapResponse) ProtoMessage() {}
+
+func (x *WriteBitmapResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_instar_format_v1_format_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteBitmapResponse.ProtoReflect.Descriptor instead.
+func (*WriteBitmapResponse) Descriptor() ([]byte, []int) {
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{15}
+}
+
 type MeasurePlanRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Plan           uint64                 `protobuf:"varint,1,opt,name=plan,proto3" json:"plan,omitempty"`
@@ -1149,7 +1357,7 @@ type MeasurePlanRequest struct {
 
 func (x *MeasurePlanRequest) Reset() {
 	*x = MeasurePlanRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[12]
+	mi := &file_instar_format_v1_format_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1161,7 +1369,7 @@ func (x *MeasurePlanRequest) String() string {
 func (*MeasurePlanRequest) ProtoMessage() {}
 
 func (x *MeasurePlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[12]
+	mi := &file_instar_format_v1_format_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1382,7 @@ func (x *MeasurePlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MeasurePlanRequest.ProtoReflect.Descriptor instead.
 func (*MeasurePlanRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{12}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *MeasurePlanRequest) GetPlan() uint64 {
@@ -1209,7 +1417,7 @@ type MeasurePlanResponse struct {
 
 func (x *MeasurePlanResponse) Reset() {
 	*x = MeasurePlanResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[13]
+	mi := &file_instar_format_v1_format_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1221,7 +1429,7 @@ func (x *MeasurePlanResponse) String() string {
 func (*MeasurePlanResponse) ProtoMessage() {}
 
 func (x *MeasurePlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[13]
+	mi := &file_instar_format_v1_format_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1234,7 +1442,7 @@ func (x *MeasurePlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MeasurePlanResponse.ProtoReflect.Descriptor instead.
 func (*MeasurePlanResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{13}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *MeasurePlanResponse) GetRequired() int64 {
@@ -1268,7 +1476,7 @@ type EmitPlanRequest struct {
 
 func (x *EmitPlanRequest) Reset() {
 	*x = EmitPlanRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[14]
+	mi := &file_instar_format_v1_format_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1280,7 +1488,7 @@ func (x *EmitPlanRequest) String() string {
 func (*EmitPlanRequest) ProtoMessage() {}
 
 func (x *EmitPlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[14]
+	mi := &file_instar_format_v1_format_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1293,7 +1501,7 @@ func (x *EmitPlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmitPlanRequest.ProtoReflect.Descriptor instead.
 func (*EmitPlanRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{14}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *EmitPlanRequest) GetPlan() uint64 {
@@ -1318,7 +1526,7 @@ type EmitPlanResponse struct {
 
 func (x *EmitPlanResponse) Reset() {
 	*x = EmitPlanResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[15]
+	mi := &file_instar_format_v1_format_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1330,7 +1538,7 @@ func (x *EmitPlanResponse) String() string {
 func (*EmitPlanResponse) ProtoMessage() {}
 
 func (x *EmitPlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[15]
+	mi := &file_instar_format_v1_format_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1343,7 +1551,7 @@ func (x *EmitPlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmitPlanResponse.ProtoReflect.Descriptor instead.
 func (*EmitPlanResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{15}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{19}
 }
 
 type ReleasePlanRequest struct {
@@ -1355,7 +1563,7 @@ type ReleasePlanRequest struct {
 
 func (x *ReleasePlanRequest) Reset() {
 	*x = ReleasePlanRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[16]
+	mi := &file_instar_format_v1_format_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1367,7 +1575,7 @@ func (x *ReleasePlanRequest) String() string {
 func (*ReleasePlanRequest) ProtoMessage() {}
 
 func (x *ReleasePlanRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[16]
+	mi := &file_instar_format_v1_format_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1380,7 +1588,7 @@ func (x *ReleasePlanRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleasePlanRequest.ProtoReflect.Descriptor instead.
 func (*ReleasePlanRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{16}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ReleasePlanRequest) GetPlan() uint64 {
@@ -1398,7 +1606,7 @@ type ReleasePlanResponse struct {
 
 func (x *ReleasePlanResponse) Reset() {
 	*x = ReleasePlanResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[17]
+	mi := &file_instar_format_v1_format_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1410,7 +1618,7 @@ func (x *ReleasePlanResponse) String() string {
 func (*ReleasePlanResponse) ProtoMessage() {}
 
 func (x *ReleasePlanResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[17]
+	mi := &file_instar_format_v1_format_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1423,7 +1631,7 @@ func (x *ReleasePlanResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleasePlanResponse.ProtoReflect.Descriptor instead.
 func (*ReleasePlanResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{17}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{21}
 }
 
 type OpenImageRequest struct {
@@ -1439,7 +1647,7 @@ type OpenImageRequest struct {
 
 func (x *OpenImageRequest) Reset() {
 	*x = OpenImageRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[18]
+	mi := &file_instar_format_v1_format_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1451,7 +1659,7 @@ func (x *OpenImageRequest) String() string {
 func (*OpenImageRequest) ProtoMessage() {}
 
 func (x *OpenImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[18]
+	mi := &file_instar_format_v1_format_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1464,7 +1672,7 @@ func (x *OpenImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenImageRequest.ProtoReflect.Descriptor instead.
 func (*OpenImageRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{18}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *OpenImageRequest) GetFiles() []*FileTicket {
@@ -1510,13 +1718,15 @@ type OpenImageResponse struct {
 	Decoder       bool                   `protobuf:"varint,4,opt,name=decoder,proto3" json:"decoder,omitempty"`
 	Attacher      bool                   `protobuf:"varint,5,opt,name=attacher,proto3" json:"attacher,omitempty"`
 	Writer        bool                   `protobuf:"varint,6,opt,name=writer,proto3" json:"writer,omitempty"`
+	BitmapReader  bool                   `protobuf:"varint,7,opt,name=bitmap_reader,json=bitmapReader,proto3" json:"bitmap_reader,omitempty"`
+	BitmapWriter  bool                   `protobuf:"varint,8,opt,name=bitmap_writer,json=bitmapWriter,proto3" json:"bitmap_writer,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *OpenImageResponse) Reset() {
 	*x = OpenImageResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[19]
+	mi := &file_instar_format_v1_format_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1528,7 +1738,7 @@ func (x *OpenImageResponse) String() string {
 func (*OpenImageResponse) ProtoMessage() {}
 
 func (x *OpenImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[19]
+	mi := &file_instar_format_v1_format_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1541,7 +1751,7 @@ func (x *OpenImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenImageResponse.ProtoReflect.Descriptor instead.
 func (*OpenImageResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{19}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *OpenImageResponse) GetImage() uint64 {
@@ -1586,6 +1796,20 @@ func (x *OpenImageResponse) GetWriter() bool {
 	return false
 }
 
+func (x *OpenImageResponse) GetBitmapReader() bool {
+	if x != nil {
+		return x.BitmapReader
+	}
+	return false
+}
+
+func (x *OpenImageResponse) GetBitmapWriter() bool {
+	if x != nil {
+		return x.BitmapWriter
+	}
+	return false
+}
+
 type AttachFilesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Image         uint64                 `protobuf:"varint,1,opt,name=image,proto3" json:"image,omitempty"`
@@ -1596,7 +1820,7 @@ type AttachFilesRequest struct {
 
 func (x *AttachFilesRequest) Reset() {
 	*x = AttachFilesRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[20]
+	mi := &file_instar_format_v1_format_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1608,7 +1832,7 @@ func (x *AttachFilesRequest) String() string {
 func (*AttachFilesRequest) ProtoMessage() {}
 
 func (x *AttachFilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[20]
+	mi := &file_instar_format_v1_format_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1621,7 +1845,7 @@ func (x *AttachFilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachFilesRequest.ProtoReflect.Descriptor instead.
 func (*AttachFilesRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{20}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AttachFilesRequest) GetImage() uint64 {
@@ -1647,7 +1871,7 @@ type AttachFilesResponse struct {
 
 func (x *AttachFilesResponse) Reset() {
 	*x = AttachFilesResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[21]
+	mi := &file_instar_format_v1_format_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1659,7 +1883,7 @@ func (x *AttachFilesResponse) String() string {
 func (*AttachFilesResponse) ProtoMessage() {}
 
 func (x *AttachFilesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[21]
+	mi := &file_instar_format_v1_format_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1672,7 +1896,7 @@ func (x *AttachFilesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachFilesResponse.ProtoReflect.Descriptor instead.
 func (*AttachFilesResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{21}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AttachFilesResponse) GetInfo() *Info {
@@ -1695,13 +1919,15 @@ type Info struct {
 	SpecificType   string                 `protobuf:"bytes,9,opt,name=specific_type,json=specificType,proto3" json:"specific_type,omitempty"`
 	Specific       []*Fact                `protobuf:"bytes,10,rep,name=specific,proto3" json:"specific,omitempty"`
 	Identity       map[string]string      `protobuf:"bytes,11,rep,name=identity,proto3" json:"identity,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Whether the image can have bitmaps.
+	Bitmaps       bool `protobuf:"varint,12,opt,name=bitmaps,proto3" json:"bitmaps,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Info) Reset() {
 	*x = Info{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[22]
+	mi := &file_instar_format_v1_format_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1713,7 +1939,7 @@ func (x *Info) String() string {
 func (*Info) ProtoMessage() {}
 
 func (x *Info) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[22]
+	mi := &file_instar_format_v1_format_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1726,7 +1952,7 @@ func (x *Info) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Info.ProtoReflect.Descriptor instead.
 func (*Info) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{22}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Info) GetVirtualSize() int64 {
@@ -1806,6 +2032,13 @@ func (x *Info) GetIdentity() map[string]string {
 	return nil
 }
 
+func (x *Info) GetBitmaps() bool {
+	if x != nil {
+		return x.Bitmaps
+	}
+	return false
+}
+
 type Reference struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
@@ -1822,7 +2055,7 @@ type Reference struct {
 
 func (x *Reference) Reset() {
 	*x = Reference{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[23]
+	mi := &file_instar_format_v1_format_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1834,7 +2067,7 @@ func (x *Reference) String() string {
 func (*Reference) ProtoMessage() {}
 
 func (x *Reference) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[23]
+	mi := &file_instar_format_v1_format_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1847,7 +2080,7 @@ func (x *Reference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reference.ProtoReflect.Descriptor instead.
 func (*Reference) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{23}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Reference) GetKind() string {
@@ -1922,7 +2155,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[24]
+	mi := &file_instar_format_v1_format_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1934,7 +2167,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[24]
+	mi := &file_instar_format_v1_format_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1947,7 +2180,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{24}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Snapshot) GetId() string {
@@ -2025,7 +2258,7 @@ type Fact struct {
 
 func (x *Fact) Reset() {
 	*x = Fact{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[25]
+	mi := &file_instar_format_v1_format_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2037,7 +2270,7 @@ func (x *Fact) String() string {
 func (*Fact) ProtoMessage() {}
 
 func (x *Fact) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[25]
+	mi := &file_instar_format_v1_format_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2050,7 +2283,7 @@ func (x *Fact) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Fact.ProtoReflect.Descriptor instead.
 func (*Fact) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{25}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Fact) GetName() string {
@@ -2185,7 +2418,7 @@ type Facts struct {
 
 func (x *Facts) Reset() {
 	*x = Facts{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[26]
+	mi := &file_instar_format_v1_format_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2197,7 +2430,7 @@ func (x *Facts) String() string {
 func (*Facts) ProtoMessage() {}
 
 func (x *Facts) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[26]
+	mi := &file_instar_format_v1_format_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2210,7 +2443,7 @@ func (x *Facts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Facts.ProtoReflect.Descriptor instead.
 func (*Facts) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{26}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Facts) GetFacts() []*Fact {
@@ -2231,7 +2464,7 @@ type MapImageRequest struct {
 
 func (x *MapImageRequest) Reset() {
 	*x = MapImageRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[27]
+	mi := &file_instar_format_v1_format_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2243,7 +2476,7 @@ func (x *MapImageRequest) String() string {
 func (*MapImageRequest) ProtoMessage() {}
 
 func (x *MapImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[27]
+	mi := &file_instar_format_v1_format_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2256,7 +2489,7 @@ func (x *MapImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MapImageRequest.ProtoReflect.Descriptor instead.
 func (*MapImageRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{27}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *MapImageRequest) GetImage() uint64 {
@@ -2297,7 +2530,7 @@ type MapImageResponse struct {
 
 func (x *MapImageResponse) Reset() {
 	*x = MapImageResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[28]
+	mi := &file_instar_format_v1_format_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2309,7 +2542,7 @@ func (x *MapImageResponse) String() string {
 func (*MapImageResponse) ProtoMessage() {}
 
 func (x *MapImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[28]
+	mi := &file_instar_format_v1_format_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2322,7 +2555,7 @@ func (x *MapImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MapImageResponse.ProtoReflect.Descriptor instead.
 func (*MapImageResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{28}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *MapImageResponse) GetLength() []uint64 {
@@ -2366,7 +2599,7 @@ type DecodeExtentsRequest struct {
 
 func (x *DecodeExtentsRequest) Reset() {
 	*x = DecodeExtentsRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[29]
+	mi := &file_instar_format_v1_format_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2378,7 +2611,7 @@ func (x *DecodeExtentsRequest) String() string {
 func (*DecodeExtentsRequest) ProtoMessage() {}
 
 func (x *DecodeExtentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[29]
+	mi := &file_instar_format_v1_format_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2391,7 +2624,7 @@ func (x *DecodeExtentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecodeExtentsRequest.ProtoReflect.Descriptor instead.
 func (*DecodeExtentsRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{29}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DecodeExtentsRequest) GetImage() uint64 {
@@ -2430,7 +2663,7 @@ type EncodedExtent struct {
 
 func (x *EncodedExtent) Reset() {
 	*x = EncodedExtent{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[30]
+	mi := &file_instar_format_v1_format_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2442,7 +2675,7 @@ func (x *EncodedExtent) String() string {
 func (*EncodedExtent) ProtoMessage() {}
 
 func (x *EncodedExtent) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[30]
+	mi := &file_instar_format_v1_format_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2455,7 +2688,7 @@ func (x *EncodedExtent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncodedExtent.ProtoReflect.Descriptor instead.
 func (*EncodedExtent) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{30}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *EncodedExtent) GetOffset() int64 {
@@ -2510,7 +2743,7 @@ type DecodeExtentsResponse struct {
 
 func (x *DecodeExtentsResponse) Reset() {
 	*x = DecodeExtentsResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[31]
+	mi := &file_instar_format_v1_format_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2522,7 +2755,7 @@ func (x *DecodeExtentsResponse) String() string {
 func (*DecodeExtentsResponse) ProtoMessage() {}
 
 func (x *DecodeExtentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[31]
+	mi := &file_instar_format_v1_format_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2535,7 +2768,7 @@ func (x *DecodeExtentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecodeExtentsResponse.ProtoReflect.Descriptor instead.
 func (*DecodeExtentsResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{31}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DecodeExtentsResponse) GetFailed() []*DecodeFailure {
@@ -2556,7 +2789,7 @@ type DecodeFailure struct {
 
 func (x *DecodeFailure) Reset() {
 	*x = DecodeFailure{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[32]
+	mi := &file_instar_format_v1_format_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2568,7 +2801,7 @@ func (x *DecodeFailure) String() string {
 func (*DecodeFailure) ProtoMessage() {}
 
 func (x *DecodeFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[32]
+	mi := &file_instar_format_v1_format_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2581,7 +2814,7 @@ func (x *DecodeFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecodeFailure.ProtoReflect.Descriptor instead.
 func (*DecodeFailure) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{32}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DecodeFailure) GetIndex() int32 {
@@ -2615,7 +2848,7 @@ type CheckImageRequest struct {
 
 func (x *CheckImageRequest) Reset() {
 	*x = CheckImageRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[33]
+	mi := &file_instar_format_v1_format_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2627,7 +2860,7 @@ func (x *CheckImageRequest) String() string {
 func (*CheckImageRequest) ProtoMessage() {}
 
 func (x *CheckImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[33]
+	mi := &file_instar_format_v1_format_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2640,7 +2873,7 @@ func (x *CheckImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckImageRequest.ProtoReflect.Descriptor instead.
 func (*CheckImageRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{33}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CheckImageRequest) GetImage() uint64 {
@@ -2669,7 +2902,7 @@ type CheckImageResponse struct {
 
 func (x *CheckImageResponse) Reset() {
 	*x = CheckImageResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[34]
+	mi := &file_instar_format_v1_format_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2681,7 +2914,7 @@ func (x *CheckImageResponse) String() string {
 func (*CheckImageResponse) ProtoMessage() {}
 
 func (x *CheckImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[34]
+	mi := &file_instar_format_v1_format_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2694,7 +2927,7 @@ func (x *CheckImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckImageResponse.ProtoReflect.Descriptor instead.
 func (*CheckImageResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{34}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *CheckImageResponse) GetMessages() []string {
@@ -2736,7 +2969,7 @@ type CheckResult struct {
 
 func (x *CheckResult) Reset() {
 	*x = CheckResult{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[35]
+	mi := &file_instar_format_v1_format_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2748,7 +2981,7 @@ func (x *CheckResult) String() string {
 func (*CheckResult) ProtoMessage() {}
 
 func (x *CheckResult) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[35]
+	mi := &file_instar_format_v1_format_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2761,7 +2994,7 @@ func (x *CheckResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckResult.ProtoReflect.Descriptor instead.
 func (*CheckResult) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{35}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CheckResult) GetCheckErrors() int64 {
@@ -2843,7 +3076,7 @@ type CloseImageRequest struct {
 
 func (x *CloseImageRequest) Reset() {
 	*x = CloseImageRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[36]
+	mi := &file_instar_format_v1_format_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2855,7 +3088,7 @@ func (x *CloseImageRequest) String() string {
 func (*CloseImageRequest) ProtoMessage() {}
 
 func (x *CloseImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[36]
+	mi := &file_instar_format_v1_format_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2868,7 +3101,7 @@ func (x *CloseImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseImageRequest.ProtoReflect.Descriptor instead.
 func (*CloseImageRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{36}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *CloseImageRequest) GetImage() uint64 {
@@ -2886,7 +3119,7 @@ type CloseImageResponse struct {
 
 func (x *CloseImageResponse) Reset() {
 	*x = CloseImageResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[37]
+	mi := &file_instar_format_v1_format_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2898,7 +3131,7 @@ func (x *CloseImageResponse) String() string {
 func (*CloseImageResponse) ProtoMessage() {}
 
 func (x *CloseImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[37]
+	mi := &file_instar_format_v1_format_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2911,7 +3144,7 @@ func (x *CloseImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseImageResponse.ProtoReflect.Descriptor instead.
 func (*CloseImageResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{37}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{41}
 }
 
 type BeginWriteRequest struct {
@@ -2925,7 +3158,7 @@ type BeginWriteRequest struct {
 
 func (x *BeginWriteRequest) Reset() {
 	*x = BeginWriteRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[38]
+	mi := &file_instar_format_v1_format_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2937,7 +3170,7 @@ func (x *BeginWriteRequest) String() string {
 func (*BeginWriteRequest) ProtoMessage() {}
 
 func (x *BeginWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[38]
+	mi := &file_instar_format_v1_format_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2950,7 +3183,7 @@ func (x *BeginWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginWriteRequest.ProtoReflect.Descriptor instead.
 func (*BeginWriteRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{38}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *BeginWriteRequest) GetImage() uint64 {
@@ -2985,7 +3218,7 @@ type BeginWriteResponse struct {
 
 func (x *BeginWriteResponse) Reset() {
 	*x = BeginWriteResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[39]
+	mi := &file_instar_format_v1_format_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2997,7 +3230,7 @@ func (x *BeginWriteResponse) String() string {
 func (*BeginWriteResponse) ProtoMessage() {}
 
 func (x *BeginWriteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[39]
+	mi := &file_instar_format_v1_format_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3010,7 +3243,7 @@ func (x *BeginWriteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginWriteResponse.ProtoReflect.Descriptor instead.
 func (*BeginWriteResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{39}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *BeginWriteResponse) GetUnit() int64 {
@@ -3044,7 +3277,7 @@ type Run struct {
 
 func (x *Run) Reset() {
 	*x = Run{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[40]
+	mi := &file_instar_format_v1_format_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3056,7 +3289,7 @@ func (x *Run) String() string {
 func (*Run) ProtoMessage() {}
 
 func (x *Run) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[40]
+	mi := &file_instar_format_v1_format_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3069,7 +3302,7 @@ func (x *Run) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Run.ProtoReflect.Descriptor instead.
 func (*Run) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{40}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Run) GetOffset() int64 {
@@ -3098,7 +3331,7 @@ type Placement struct {
 
 func (x *Placement) Reset() {
 	*x = Placement{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[41]
+	mi := &file_instar_format_v1_format_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3110,7 +3343,7 @@ func (x *Placement) String() string {
 func (*Placement) ProtoMessage() {}
 
 func (x *Placement) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[41]
+	mi := &file_instar_format_v1_format_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3123,7 +3356,7 @@ func (x *Placement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Placement.ProtoReflect.Descriptor instead.
 func (*Placement) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{41}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Placement) GetOffset() int64 {
@@ -3164,7 +3397,7 @@ type PlaceRunsRequest struct {
 
 func (x *PlaceRunsRequest) Reset() {
 	*x = PlaceRunsRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[42]
+	mi := &file_instar_format_v1_format_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3176,7 +3409,7 @@ func (x *PlaceRunsRequest) String() string {
 func (*PlaceRunsRequest) ProtoMessage() {}
 
 func (x *PlaceRunsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[42]
+	mi := &file_instar_format_v1_format_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3189,7 +3422,7 @@ func (x *PlaceRunsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceRunsRequest.ProtoReflect.Descriptor instead.
 func (*PlaceRunsRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{42}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PlaceRunsRequest) GetImage() uint64 {
@@ -3215,7 +3448,7 @@ type PlaceRunsResponse struct {
 
 func (x *PlaceRunsResponse) Reset() {
 	*x = PlaceRunsResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[43]
+	mi := &file_instar_format_v1_format_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3227,7 +3460,7 @@ func (x *PlaceRunsResponse) String() string {
 func (*PlaceRunsResponse) ProtoMessage() {}
 
 func (x *PlaceRunsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[43]
+	mi := &file_instar_format_v1_format_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3240,7 +3473,7 @@ func (x *PlaceRunsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceRunsResponse.ProtoReflect.Descriptor instead.
 func (*PlaceRunsResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{43}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PlaceRunsResponse) GetPlacements() []*Placement {
@@ -3260,7 +3493,7 @@ type ZeroRunsRequest struct {
 
 func (x *ZeroRunsRequest) Reset() {
 	*x = ZeroRunsRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[44]
+	mi := &file_instar_format_v1_format_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3272,7 +3505,7 @@ func (x *ZeroRunsRequest) String() string {
 func (*ZeroRunsRequest) ProtoMessage() {}
 
 func (x *ZeroRunsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[44]
+	mi := &file_instar_format_v1_format_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3285,7 +3518,7 @@ func (x *ZeroRunsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ZeroRunsRequest.ProtoReflect.Descriptor instead.
 func (*ZeroRunsRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{44}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ZeroRunsRequest) GetImage() uint64 {
@@ -3310,7 +3543,7 @@ type ZeroRunsResponse struct {
 
 func (x *ZeroRunsResponse) Reset() {
 	*x = ZeroRunsResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[45]
+	mi := &file_instar_format_v1_format_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3322,7 +3555,7 @@ func (x *ZeroRunsResponse) String() string {
 func (*ZeroRunsResponse) ProtoMessage() {}
 
 func (x *ZeroRunsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[45]
+	mi := &file_instar_format_v1_format_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3335,7 +3568,7 @@ func (x *ZeroRunsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ZeroRunsResponse.ProtoReflect.Descriptor instead.
 func (*ZeroRunsResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{45}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{49}
 }
 
 // EncodeUnitsRequest names units that stand in the shared window.
@@ -3350,7 +3583,7 @@ type EncodeUnitsRequest struct {
 
 func (x *EncodeUnitsRequest) Reset() {
 	*x = EncodeUnitsRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[46]
+	mi := &file_instar_format_v1_format_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3362,7 +3595,7 @@ func (x *EncodeUnitsRequest) String() string {
 func (*EncodeUnitsRequest) ProtoMessage() {}
 
 func (x *EncodeUnitsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[46]
+	mi := &file_instar_format_v1_format_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3375,7 +3608,7 @@ func (x *EncodeUnitsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncodeUnitsRequest.ProtoReflect.Descriptor instead.
 func (*EncodeUnitsRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{46}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *EncodeUnitsRequest) GetImage() uint64 {
@@ -3410,7 +3643,7 @@ type EncodeUnit struct {
 
 func (x *EncodeUnit) Reset() {
 	*x = EncodeUnit{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[47]
+	mi := &file_instar_format_v1_format_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3422,7 +3655,7 @@ func (x *EncodeUnit) String() string {
 func (*EncodeUnit) ProtoMessage() {}
 
 func (x *EncodeUnit) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[47]
+	mi := &file_instar_format_v1_format_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3435,7 +3668,7 @@ func (x *EncodeUnit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncodeUnit.ProtoReflect.Descriptor instead.
 func (*EncodeUnit) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{47}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *EncodeUnit) GetOffset() int64 {
@@ -3467,7 +3700,7 @@ type EncodeUnitsResponse struct {
 
 func (x *EncodeUnitsResponse) Reset() {
 	*x = EncodeUnitsResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[48]
+	mi := &file_instar_format_v1_format_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3479,7 +3712,7 @@ func (x *EncodeUnitsResponse) String() string {
 func (*EncodeUnitsResponse) ProtoMessage() {}
 
 func (x *EncodeUnitsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[48]
+	mi := &file_instar_format_v1_format_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3492,7 +3725,7 @@ func (x *EncodeUnitsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncodeUnitsResponse.ProtoReflect.Descriptor instead.
 func (*EncodeUnitsResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{48}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{52}
 }
 
 type FinishWriteRequest struct {
@@ -3504,7 +3737,7 @@ type FinishWriteRequest struct {
 
 func (x *FinishWriteRequest) Reset() {
 	*x = FinishWriteRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[49]
+	mi := &file_instar_format_v1_format_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3516,7 +3749,7 @@ func (x *FinishWriteRequest) String() string {
 func (*FinishWriteRequest) ProtoMessage() {}
 
 func (x *FinishWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[49]
+	mi := &file_instar_format_v1_format_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3529,7 +3762,7 @@ func (x *FinishWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FinishWriteRequest.ProtoReflect.Descriptor instead.
 func (*FinishWriteRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{49}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *FinishWriteRequest) GetImage() uint64 {
@@ -3547,7 +3780,7 @@ type FinishWriteResponse struct {
 
 func (x *FinishWriteResponse) Reset() {
 	*x = FinishWriteResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[50]
+	mi := &file_instar_format_v1_format_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3559,7 +3792,7 @@ func (x *FinishWriteResponse) String() string {
 func (*FinishWriteResponse) ProtoMessage() {}
 
 func (x *FinishWriteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[50]
+	mi := &file_instar_format_v1_format_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3572,7 +3805,7 @@ func (x *FinishWriteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FinishWriteResponse.ProtoReflect.Descriptor instead.
 func (*FinishWriteResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{50}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{54}
 }
 
 var File_instar_format_v1_format_proto protoreflect.FileDescriptor
@@ -3661,11 +3894,23 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\x05files\x18\x05 \x03(\v2\x1d.instar.format.v1.PlannedFileR\x05files\x12\x1e\n" +
 	"\n" +
 	"measurable\x18\x06 \x01(\bR\n" +
-	"measurable\"B\n" +
+	"measurable\"\x80\x01\n" +
 	"\n" +
 	"BitmapInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
-	"\vgranularity\x18\x02 \x01(\x03R\vgranularity\"\x89\x01\n" +
+	"\vgranularity\x18\x02 \x01(\x03R\vgranularity\x12\x18\n" +
+	"\aenabled\x18\x03 \x01(\bR\aenabled\x12\"\n" +
+	"\finconsistent\x18\x04 \x01(\bR\finconsistent\"=\n" +
+	"\x11ReadBitmapRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\x04R\x05image\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"?\n" +
+	"\x12ReadBitmapResponse\x12)\n" +
+	"\x04runs\x18\x01 \x03(\v2\x15.instar.format.v1.RunR\x04runs\"\x8b\x01\n" +
+	"\x12WriteBitmapRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\x04R\x05image\x124\n" +
+	"\x06bitmap\x18\x02 \x01(\v2\x1c.instar.format.v1.BitmapInfoR\x06bitmap\x12)\n" +
+	"\x04runs\x18\x03 \x03(\v2\x15.instar.format.v1.RunR\x04runs\"\x15\n" +
+	"\x13WriteBitmapResponse\"\x89\x01\n" +
 	"\x12MeasurePlanRequest\x12\x12\n" +
 	"\x04plan\x18\x01 \x01(\x04R\x04plan\x12'\n" +
 	"\x0fallocated_units\x18\x02 \x01(\x03R\x0eallocatedUnits\x126\n" +
@@ -3687,19 +3932,21 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"read_write\x18\x02 \x01(\bR\treadWrite\x12\x14\n" +
 	"\x05check\x18\x03 \x01(\bR\x05check\x12\x1a\n" +
 	"\bsnapshot\x18\x04 \x01(\tR\bsnapshot\x12\x12\n" +
-	"\x04name\x18\x05 \x01(\tR\x04name\"\xbd\x01\n" +
+	"\x04name\x18\x05 \x01(\tR\x04name\"\x87\x02\n" +
 	"\x11OpenImageResponse\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\x12*\n" +
 	"\x04info\x18\x02 \x01(\v2\x16.instar.format.v1.InfoR\x04info\x12\x18\n" +
 	"\achecker\x18\x03 \x01(\bR\achecker\x12\x18\n" +
 	"\adecoder\x18\x04 \x01(\bR\adecoder\x12\x1a\n" +
 	"\battacher\x18\x05 \x01(\bR\battacher\x12\x16\n" +
-	"\x06writer\x18\x06 \x01(\bR\x06writer\"^\n" +
+	"\x06writer\x18\x06 \x01(\bR\x06writer\x12#\n" +
+	"\rbitmap_reader\x18\a \x01(\bR\fbitmapReader\x12#\n" +
+	"\rbitmap_writer\x18\b \x01(\bR\fbitmapWriter\"^\n" +
 	"\x12AttachFilesRequest\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\x122\n" +
 	"\x05files\x18\x02 \x03(\v2\x1c.instar.format.v1.FileTicketR\x05files\"A\n" +
 	"\x13AttachFilesResponse\x12*\n" +
-	"\x04info\x18\x01 \x01(\v2\x16.instar.format.v1.InfoR\x04info\"\x8f\x04\n" +
+	"\x04info\x18\x01 \x01(\v2\x16.instar.format.v1.InfoR\x04info\"\xa9\x04\n" +
 	"\x04Info\x12!\n" +
 	"\fvirtual_size\x18\x01 \x01(\x03R\vvirtualSize\x12'\n" +
 	"\x0fallocation_unit\x18\x02 \x01(\x03R\x0eallocationUnit\x12\x1c\n" +
@@ -3716,7 +3963,8 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\rspecific_type\x18\t \x01(\tR\fspecificType\x122\n" +
 	"\bspecific\x18\n" +
 	" \x03(\v2\x16.instar.format.v1.FactR\bspecific\x12@\n" +
-	"\bidentity\x18\v \x03(\v2$.instar.format.v1.Info.IdentityEntryR\bidentity\x1a;\n" +
+	"\bidentity\x18\v \x03(\v2$.instar.format.v1.Info.IdentityEntryR\bidentity\x12\x18\n" +
+	"\abitmaps\x18\f \x01(\bR\abitmaps\x1a;\n" +
 	"\rIdentityEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xde\x01\n" +
@@ -3873,7 +4121,7 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\x0fFIX_UNSPECIFIED\x10\x00\x12\f\n" +
 	"\bFIX_NONE\x10\x01\x12\r\n" +
 	"\tFIX_LEAKS\x10\x02\x12\v\n" +
-	"\aFIX_ALL\x10\x032\x9d\v\n" +
+	"\aFIX_ALL\x10\x032\xd4\f\n" +
 	"\rFormatService\x12Q\n" +
 	"\bDescribe\x12!.instar.format.v1.DescribeRequest\x1a\".instar.format.v1.DescribeResponse\x12W\n" +
 	"\n" +
@@ -3894,7 +4142,10 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\tPlaceRuns\x12\".instar.format.v1.PlaceRunsRequest\x1a#.instar.format.v1.PlaceRunsResponse\x12Q\n" +
 	"\bZeroRuns\x12!.instar.format.v1.ZeroRunsRequest\x1a\".instar.format.v1.ZeroRunsResponse\x12Z\n" +
 	"\vEncodeUnits\x12$.instar.format.v1.EncodeUnitsRequest\x1a%.instar.format.v1.EncodeUnitsResponse\x12Z\n" +
-	"\vFinishWrite\x12$.instar.format.v1.FinishWriteRequest\x1a%.instar.format.v1.FinishWriteResponseBBZ@github.com/instar-img/instar/sdk/proto/instar/format/v1;formatv1b\x06proto3"
+	"\vFinishWrite\x12$.instar.format.v1.FinishWriteRequest\x1a%.instar.format.v1.FinishWriteResponse\x12Y\n" +
+	"\n" +
+	"ReadBitmap\x12#.instar.format.v1.ReadBitmapRequest\x1a$.instar.format.v1.ReadBitmapResponse0\x01\x12Z\n" +
+	"\vWriteBitmap\x12$.instar.format.v1.WriteBitmapRequest\x1a%.instar.format.v1.WriteBitmapResponseBBZ@github.com/instar-img/instar/sdk/proto/instar/format/v1;formatv1b\x06proto3"
 
 var (
 	file_instar_format_v1_format_proto_rawDescOnce sync.Once
@@ -3909,7 +4160,7 @@ func file_instar_format_v1_format_proto_rawDescGZIP() []byte {
 }
 
 var file_instar_format_v1_format_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_instar_format_v1_format_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_instar_format_v1_format_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_instar_format_v1_format_proto_goTypes = []any{
 	(OptionType)(0),               // 0: instar.format.v1.OptionType
 	(Disposition)(0),              // 1: instar.format.v1.Disposition
@@ -3927,122 +4178,133 @@ var file_instar_format_v1_format_proto_goTypes = []any{
 	(*PlannedFile)(nil),           // 13: instar.format.v1.PlannedFile
 	(*PlanCreateResponse)(nil),    // 14: instar.format.v1.PlanCreateResponse
 	(*BitmapInfo)(nil),            // 15: instar.format.v1.BitmapInfo
-	(*MeasurePlanRequest)(nil),    // 16: instar.format.v1.MeasurePlanRequest
-	(*MeasurePlanResponse)(nil),   // 17: instar.format.v1.MeasurePlanResponse
-	(*EmitPlanRequest)(nil),       // 18: instar.format.v1.EmitPlanRequest
-	(*EmitPlanResponse)(nil),      // 19: instar.format.v1.EmitPlanResponse
-	(*ReleasePlanRequest)(nil),    // 20: instar.format.v1.ReleasePlanRequest
-	(*ReleasePlanResponse)(nil),   // 21: instar.format.v1.ReleasePlanResponse
-	(*OpenImageRequest)(nil),      // 22: instar.format.v1.OpenImageRequest
-	(*OpenImageResponse)(nil),     // 23: instar.format.v1.OpenImageResponse
-	(*AttachFilesRequest)(nil),    // 24: instar.format.v1.AttachFilesRequest
-	(*AttachFilesResponse)(nil),   // 25: instar.format.v1.AttachFilesResponse
-	(*Info)(nil),                  // 26: instar.format.v1.Info
-	(*Reference)(nil),             // 27: instar.format.v1.Reference
-	(*Snapshot)(nil),              // 28: instar.format.v1.Snapshot
-	(*Fact)(nil),                  // 29: instar.format.v1.Fact
-	(*Facts)(nil),                 // 30: instar.format.v1.Facts
-	(*MapImageRequest)(nil),       // 31: instar.format.v1.MapImageRequest
-	(*MapImageResponse)(nil),      // 32: instar.format.v1.MapImageResponse
-	(*DecodeExtentsRequest)(nil),  // 33: instar.format.v1.DecodeExtentsRequest
-	(*EncodedExtent)(nil),         // 34: instar.format.v1.EncodedExtent
-	(*DecodeExtentsResponse)(nil), // 35: instar.format.v1.DecodeExtentsResponse
-	(*DecodeFailure)(nil),         // 36: instar.format.v1.DecodeFailure
-	(*CheckImageRequest)(nil),     // 37: instar.format.v1.CheckImageRequest
-	(*CheckImageResponse)(nil),    // 38: instar.format.v1.CheckImageResponse
-	(*CheckResult)(nil),           // 39: instar.format.v1.CheckResult
-	(*CloseImageRequest)(nil),     // 40: instar.format.v1.CloseImageRequest
-	(*CloseImageResponse)(nil),    // 41: instar.format.v1.CloseImageResponse
-	(*BeginWriteRequest)(nil),     // 42: instar.format.v1.BeginWriteRequest
-	(*BeginWriteResponse)(nil),    // 43: instar.format.v1.BeginWriteResponse
-	(*Run)(nil),                   // 44: instar.format.v1.Run
-	(*Placement)(nil),             // 45: instar.format.v1.Placement
-	(*PlaceRunsRequest)(nil),      // 46: instar.format.v1.PlaceRunsRequest
-	(*PlaceRunsResponse)(nil),     // 47: instar.format.v1.PlaceRunsResponse
-	(*ZeroRunsRequest)(nil),       // 48: instar.format.v1.ZeroRunsRequest
-	(*ZeroRunsResponse)(nil),      // 49: instar.format.v1.ZeroRunsResponse
-	(*EncodeUnitsRequest)(nil),    // 50: instar.format.v1.EncodeUnitsRequest
-	(*EncodeUnit)(nil),            // 51: instar.format.v1.EncodeUnit
-	(*EncodeUnitsResponse)(nil),   // 52: instar.format.v1.EncodeUnitsResponse
-	(*FinishWriteRequest)(nil),    // 53: instar.format.v1.FinishWriteRequest
-	(*FinishWriteResponse)(nil),   // 54: instar.format.v1.FinishWriteResponse
-	nil,                           // 55: instar.format.v1.OptionKey.SynonymsEntry
-	nil,                           // 56: instar.format.v1.BackingInfo.IdentityEntry
-	nil,                           // 57: instar.format.v1.Info.IdentityEntry
+	(*ReadBitmapRequest)(nil),     // 16: instar.format.v1.ReadBitmapRequest
+	(*ReadBitmapResponse)(nil),    // 17: instar.format.v1.ReadBitmapResponse
+	(*WriteBitmapRequest)(nil),    // 18: instar.format.v1.WriteBitmapRequest
+	(*WriteBitmapResponse)(nil),   // 19: instar.format.v1.WriteBitmapResponse
+	(*MeasurePlanRequest)(nil),    // 20: instar.format.v1.MeasurePlanRequest
+	(*MeasurePlanResponse)(nil),   // 21: instar.format.v1.MeasurePlanResponse
+	(*EmitPlanRequest)(nil),       // 22: instar.format.v1.EmitPlanRequest
+	(*EmitPlanResponse)(nil),      // 23: instar.format.v1.EmitPlanResponse
+	(*ReleasePlanRequest)(nil),    // 24: instar.format.v1.ReleasePlanRequest
+	(*ReleasePlanResponse)(nil),   // 25: instar.format.v1.ReleasePlanResponse
+	(*OpenImageRequest)(nil),      // 26: instar.format.v1.OpenImageRequest
+	(*OpenImageResponse)(nil),     // 27: instar.format.v1.OpenImageResponse
+	(*AttachFilesRequest)(nil),    // 28: instar.format.v1.AttachFilesRequest
+	(*AttachFilesResponse)(nil),   // 29: instar.format.v1.AttachFilesResponse
+	(*Info)(nil),                  // 30: instar.format.v1.Info
+	(*Reference)(nil),             // 31: instar.format.v1.Reference
+	(*Snapshot)(nil),              // 32: instar.format.v1.Snapshot
+	(*Fact)(nil),                  // 33: instar.format.v1.Fact
+	(*Facts)(nil),                 // 34: instar.format.v1.Facts
+	(*MapImageRequest)(nil),       // 35: instar.format.v1.MapImageRequest
+	(*MapImageResponse)(nil),      // 36: instar.format.v1.MapImageResponse
+	(*DecodeExtentsRequest)(nil),  // 37: instar.format.v1.DecodeExtentsRequest
+	(*EncodedExtent)(nil),         // 38: instar.format.v1.EncodedExtent
+	(*DecodeExtentsResponse)(nil), // 39: instar.format.v1.DecodeExtentsResponse
+	(*DecodeFailure)(nil),         // 40: instar.format.v1.DecodeFailure
+	(*CheckImageRequest)(nil),     // 41: instar.format.v1.CheckImageRequest
+	(*CheckImageResponse)(nil),    // 42: instar.format.v1.CheckImageResponse
+	(*CheckResult)(nil),           // 43: instar.format.v1.CheckResult
+	(*CloseImageRequest)(nil),     // 44: instar.format.v1.CloseImageRequest
+	(*CloseImageResponse)(nil),    // 45: instar.format.v1.CloseImageResponse
+	(*BeginWriteRequest)(nil),     // 46: instar.format.v1.BeginWriteRequest
+	(*BeginWriteResponse)(nil),    // 47: instar.format.v1.BeginWriteResponse
+	(*Run)(nil),                   // 48: instar.format.v1.Run
+	(*Placement)(nil),             // 49: instar.format.v1.Placement
+	(*PlaceRunsRequest)(nil),      // 50: instar.format.v1.PlaceRunsRequest
+	(*PlaceRunsResponse)(nil),     // 51: instar.format.v1.PlaceRunsResponse
+	(*ZeroRunsRequest)(nil),       // 52: instar.format.v1.ZeroRunsRequest
+	(*ZeroRunsResponse)(nil),      // 53: instar.format.v1.ZeroRunsResponse
+	(*EncodeUnitsRequest)(nil),    // 54: instar.format.v1.EncodeUnitsRequest
+	(*EncodeUnit)(nil),            // 55: instar.format.v1.EncodeUnit
+	(*EncodeUnitsResponse)(nil),   // 56: instar.format.v1.EncodeUnitsResponse
+	(*FinishWriteRequest)(nil),    // 57: instar.format.v1.FinishWriteRequest
+	(*FinishWriteResponse)(nil),   // 58: instar.format.v1.FinishWriteResponse
+	nil,                           // 59: instar.format.v1.OptionKey.SynonymsEntry
+	nil,                           // 60: instar.format.v1.BackingInfo.IdentityEntry
+	nil,                           // 61: instar.format.v1.Info.IdentityEntry
 }
 var file_instar_format_v1_format_proto_depIdxs = []int32{
 	5,  // 0: instar.format.v1.ErrorDetail.option:type_name -> instar.format.v1.OptionError
 	9,  // 1: instar.format.v1.DescribeResponse.create_schema:type_name -> instar.format.v1.OptionKey
 	0,  // 2: instar.format.v1.OptionKey.type:type_name -> instar.format.v1.OptionType
-	55, // 3: instar.format.v1.OptionKey.synonyms:type_name -> instar.format.v1.OptionKey.SynonymsEntry
+	59, // 3: instar.format.v1.OptionKey.synonyms:type_name -> instar.format.v1.OptionKey.SynonymsEntry
 	1,  // 4: instar.format.v1.OptionKey.disposition:type_name -> instar.format.v1.Disposition
 	0,  // 5: instar.format.v1.OptionValue.type:type_name -> instar.format.v1.OptionType
-	56, // 6: instar.format.v1.BackingInfo.identity:type_name -> instar.format.v1.BackingInfo.IdentityEntry
-	29, // 7: instar.format.v1.BackingInfo.specific:type_name -> instar.format.v1.Fact
+	60, // 6: instar.format.v1.BackingInfo.identity:type_name -> instar.format.v1.BackingInfo.IdentityEntry
+	33, // 7: instar.format.v1.BackingInfo.specific:type_name -> instar.format.v1.Fact
 	10, // 8: instar.format.v1.PlanCreateRequest.options:type_name -> instar.format.v1.OptionValue
 	11, // 9: instar.format.v1.PlanCreateRequest.backing:type_name -> instar.format.v1.BackingInfo
 	2,  // 10: instar.format.v1.PlannedFile.preallocation:type_name -> instar.format.v1.Preallocation
 	10, // 11: instar.format.v1.PlanCreateResponse.options:type_name -> instar.format.v1.OptionValue
 	13, // 12: instar.format.v1.PlanCreateResponse.files:type_name -> instar.format.v1.PlannedFile
-	15, // 13: instar.format.v1.MeasurePlanRequest.bitmaps:type_name -> instar.format.v1.BitmapInfo
-	6,  // 14: instar.format.v1.EmitPlanRequest.files:type_name -> instar.format.v1.FileTicket
-	6,  // 15: instar.format.v1.OpenImageRequest.files:type_name -> instar.format.v1.FileTicket
-	26, // 16: instar.format.v1.OpenImageResponse.info:type_name -> instar.format.v1.Info
-	6,  // 17: instar.format.v1.AttachFilesRequest.files:type_name -> instar.format.v1.FileTicket
-	26, // 18: instar.format.v1.AttachFilesResponse.info:type_name -> instar.format.v1.Info
-	27, // 19: instar.format.v1.Info.references:type_name -> instar.format.v1.Reference
-	28, // 20: instar.format.v1.Info.snapshots:type_name -> instar.format.v1.Snapshot
-	29, // 21: instar.format.v1.Info.specific:type_name -> instar.format.v1.Fact
-	57, // 22: instar.format.v1.Info.identity:type_name -> instar.format.v1.Info.IdentityEntry
-	30, // 23: instar.format.v1.Fact.object:type_name -> instar.format.v1.Facts
-	30, // 24: instar.format.v1.Fact.list:type_name -> instar.format.v1.Facts
-	29, // 25: instar.format.v1.Facts.facts:type_name -> instar.format.v1.Fact
-	34, // 26: instar.format.v1.DecodeExtentsRequest.extents:type_name -> instar.format.v1.EncodedExtent
-	36, // 27: instar.format.v1.DecodeExtentsResponse.failed:type_name -> instar.format.v1.DecodeFailure
-	4,  // 28: instar.format.v1.DecodeFailure.detail:type_name -> instar.format.v1.ErrorDetail
-	3,  // 29: instar.format.v1.CheckImageRequest.fix:type_name -> instar.format.v1.Fix
-	39, // 30: instar.format.v1.CheckImageResponse.result:type_name -> instar.format.v1.CheckResult
-	44, // 31: instar.format.v1.PlaceRunsRequest.runs:type_name -> instar.format.v1.Run
-	45, // 32: instar.format.v1.PlaceRunsResponse.placements:type_name -> instar.format.v1.Placement
-	44, // 33: instar.format.v1.ZeroRunsRequest.runs:type_name -> instar.format.v1.Run
-	51, // 34: instar.format.v1.EncodeUnitsRequest.units:type_name -> instar.format.v1.EncodeUnit
-	7,  // 35: instar.format.v1.FormatService.Describe:input_type -> instar.format.v1.DescribeRequest
-	12, // 36: instar.format.v1.FormatService.PlanCreate:input_type -> instar.format.v1.PlanCreateRequest
-	16, // 37: instar.format.v1.FormatService.MeasurePlan:input_type -> instar.format.v1.MeasurePlanRequest
-	18, // 38: instar.format.v1.FormatService.EmitPlan:input_type -> instar.format.v1.EmitPlanRequest
-	20, // 39: instar.format.v1.FormatService.ReleasePlan:input_type -> instar.format.v1.ReleasePlanRequest
-	22, // 40: instar.format.v1.FormatService.OpenImage:input_type -> instar.format.v1.OpenImageRequest
-	24, // 41: instar.format.v1.FormatService.AttachFiles:input_type -> instar.format.v1.AttachFilesRequest
-	31, // 42: instar.format.v1.FormatService.MapImage:input_type -> instar.format.v1.MapImageRequest
-	33, // 43: instar.format.v1.FormatService.DecodeExtents:input_type -> instar.format.v1.DecodeExtentsRequest
-	37, // 44: instar.format.v1.FormatService.CheckImage:input_type -> instar.format.v1.CheckImageRequest
-	40, // 45: instar.format.v1.FormatService.CloseImage:input_type -> instar.format.v1.CloseImageRequest
-	42, // 46: instar.format.v1.FormatService.BeginWrite:input_type -> instar.format.v1.BeginWriteRequest
-	46, // 47: instar.format.v1.FormatService.PlaceRuns:input_type -> instar.format.v1.PlaceRunsRequest
-	48, // 48: instar.format.v1.FormatService.ZeroRuns:input_type -> instar.format.v1.ZeroRunsRequest
-	50, // 49: instar.format.v1.FormatService.EncodeUnits:input_type -> instar.format.v1.EncodeUnitsRequest
-	53, // 50: instar.format.v1.FormatService.FinishWrite:input_type -> instar.format.v1.FinishWriteRequest
-	8,  // 51: instar.format.v1.FormatService.Describe:output_type -> instar.format.v1.DescribeResponse
-	14, // 52: instar.format.v1.FormatService.PlanCreate:output_type -> instar.format.v1.PlanCreateResponse
-	17, // 53: instar.format.v1.FormatService.MeasurePlan:output_type -> instar.format.v1.MeasurePlanResponse
-	19, // 54: instar.format.v1.FormatService.EmitPlan:output_type -> instar.format.v1.EmitPlanResponse
-	21, // 55: instar.format.v1.FormatService.ReleasePlan:output_type -> instar.format.v1.ReleasePlanResponse
-	23, // 56: instar.format.v1.FormatService.OpenImage:output_type -> instar.format.v1.OpenImageResponse
-	25, // 57: instar.format.v1.FormatService.AttachFiles:output_type -> instar.format.v1.AttachFilesResponse
-	32, // 58: instar.format.v1.FormatService.MapImage:output_type -> instar.format.v1.MapImageResponse
-	35, // 59: instar.format.v1.FormatService.DecodeExtents:output_type -> instar.format.v1.DecodeExtentsResponse
-	38, // 60: instar.format.v1.FormatService.CheckImage:output_type -> instar.format.v1.CheckImageResponse
-	41, // 61: instar.format.v1.FormatService.CloseImage:output_type -> instar.format.v1.CloseImageResponse
-	43, // 62: instar.format.v1.FormatService.BeginWrite:output_type -> instar.format.v1.BeginWriteResponse
-	47, // 63: instar.format.v1.FormatService.PlaceRuns:output_type -> instar.format.v1.PlaceRunsResponse
-	49, // 64: instar.format.v1.FormatService.ZeroRuns:output_type -> instar.format.v1.ZeroRunsResponse
-	52, // 65: instar.format.v1.FormatService.EncodeUnits:output_type -> instar.format.v1.EncodeUnitsResponse
-	54, // 66: instar.format.v1.FormatService.FinishWrite:output_type -> instar.format.v1.FinishWriteResponse
-	51, // [51:67] is the sub-list for method output_type
-	35, // [35:51] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	48, // 13: instar.format.v1.ReadBitmapResponse.runs:type_name -> instar.format.v1.Run
+	15, // 14: instar.format.v1.WriteBitmapRequest.bitmap:type_name -> instar.format.v1.BitmapInfo
+	48, // 15: instar.format.v1.WriteBitmapRequest.runs:type_name -> instar.format.v1.Run
+	15, // 16: instar.format.v1.MeasurePlanRequest.bitmaps:type_name -> instar.format.v1.BitmapInfo
+	6,  // 17: instar.format.v1.EmitPlanRequest.files:type_name -> instar.format.v1.FileTicket
+	6,  // 18: instar.format.v1.OpenImageRequest.files:type_name -> instar.format.v1.FileTicket
+	30, // 19: instar.format.v1.OpenImageResponse.info:type_name -> instar.format.v1.Info
+	6,  // 20: instar.format.v1.AttachFilesRequest.files:type_name -> instar.format.v1.FileTicket
+	30, // 21: instar.format.v1.AttachFilesResponse.info:type_name -> instar.format.v1.Info
+	31, // 22: instar.format.v1.Info.references:type_name -> instar.format.v1.Reference
+	32, // 23: instar.format.v1.Info.snapshots:type_name -> instar.format.v1.Snapshot
+	33, // 24: instar.format.v1.Info.specific:type_name -> instar.format.v1.Fact
+	61, // 25: instar.format.v1.Info.identity:type_name -> instar.format.v1.Info.IdentityEntry
+	34, // 26: instar.format.v1.Fact.object:type_name -> instar.format.v1.Facts
+	34, // 27: instar.format.v1.Fact.list:type_name -> instar.format.v1.Facts
+	33, // 28: instar.format.v1.Facts.facts:type_name -> instar.format.v1.Fact
+	38, // 29: instar.format.v1.DecodeExtentsRequest.extents:type_name -> instar.format.v1.EncodedExtent
+	40, // 30: instar.format.v1.DecodeExtentsResponse.failed:type_name -> instar.format.v1.DecodeFailure
+	4,  // 31: instar.format.v1.DecodeFailure.detail:type_name -> instar.format.v1.ErrorDetail
+	3,  // 32: instar.format.v1.CheckImageRequest.fix:type_name -> instar.format.v1.Fix
+	43, // 33: instar.format.v1.CheckImageResponse.result:type_name -> instar.format.v1.CheckResult
+	48, // 34: instar.format.v1.PlaceRunsRequest.runs:type_name -> instar.format.v1.Run
+	49, // 35: instar.format.v1.PlaceRunsResponse.placements:type_name -> instar.format.v1.Placement
+	48, // 36: instar.format.v1.ZeroRunsRequest.runs:type_name -> instar.format.v1.Run
+	55, // 37: instar.format.v1.EncodeUnitsRequest.units:type_name -> instar.format.v1.EncodeUnit
+	7,  // 38: instar.format.v1.FormatService.Describe:input_type -> instar.format.v1.DescribeRequest
+	12, // 39: instar.format.v1.FormatService.PlanCreate:input_type -> instar.format.v1.PlanCreateRequest
+	20, // 40: instar.format.v1.FormatService.MeasurePlan:input_type -> instar.format.v1.MeasurePlanRequest
+	22, // 41: instar.format.v1.FormatService.EmitPlan:input_type -> instar.format.v1.EmitPlanRequest
+	24, // 42: instar.format.v1.FormatService.ReleasePlan:input_type -> instar.format.v1.ReleasePlanRequest
+	26, // 43: instar.format.v1.FormatService.OpenImage:input_type -> instar.format.v1.OpenImageRequest
+	28, // 44: instar.format.v1.FormatService.AttachFiles:input_type -> instar.format.v1.AttachFilesRequest
+	35, // 45: instar.format.v1.FormatService.MapImage:input_type -> instar.format.v1.MapImageRequest
+	37, // 46: instar.format.v1.FormatService.DecodeExtents:input_type -> instar.format.v1.DecodeExtentsRequest
+	41, // 47: instar.format.v1.FormatService.CheckImage:input_type -> instar.format.v1.CheckImageRequest
+	44, // 48: instar.format.v1.FormatService.CloseImage:input_type -> instar.format.v1.CloseImageRequest
+	46, // 49: instar.format.v1.FormatService.BeginWrite:input_type -> instar.format.v1.BeginWriteRequest
+	50, // 50: instar.format.v1.FormatService.PlaceRuns:input_type -> instar.format.v1.PlaceRunsRequest
+	52, // 51: instar.format.v1.FormatService.ZeroRuns:input_type -> instar.format.v1.ZeroRunsRequest
+	54, // 52: instar.format.v1.FormatService.EncodeUnits:input_type -> instar.format.v1.EncodeUnitsRequest
+	57, // 53: instar.format.v1.FormatService.FinishWrite:input_type -> instar.format.v1.FinishWriteRequest
+	16, // 54: instar.format.v1.FormatService.ReadBitmap:input_type -> instar.format.v1.ReadBitmapRequest
+	18, // 55: instar.format.v1.FormatService.WriteBitmap:input_type -> instar.format.v1.WriteBitmapRequest
+	8,  // 56: instar.format.v1.FormatService.Describe:output_type -> instar.format.v1.DescribeResponse
+	14, // 57: instar.format.v1.FormatService.PlanCreate:output_type -> instar.format.v1.PlanCreateResponse
+	21, // 58: instar.format.v1.FormatService.MeasurePlan:output_type -> instar.format.v1.MeasurePlanResponse
+	23, // 59: instar.format.v1.FormatService.EmitPlan:output_type -> instar.format.v1.EmitPlanResponse
+	25, // 60: instar.format.v1.FormatService.ReleasePlan:output_type -> instar.format.v1.ReleasePlanResponse
+	27, // 61: instar.format.v1.FormatService.OpenImage:output_type -> instar.format.v1.OpenImageResponse
+	29, // 62: instar.format.v1.FormatService.AttachFiles:output_type -> instar.format.v1.AttachFilesResponse
+	36, // 63: instar.format.v1.FormatService.MapImage:output_type -> instar.format.v1.MapImageResponse
+	39, // 64: instar.format.v1.FormatService.DecodeExtents:output_type -> instar.format.v1.DecodeExtentsResponse
+	42, // 65: instar.format.v1.FormatService.CheckImage:output_type -> instar.format.v1.CheckImageResponse
+	45, // 66: instar.format.v1.FormatService.CloseImage:output_type -> instar.format.v1.CloseImageResponse
+	47, // 67: instar.format.v1.FormatService.BeginWrite:output_type -> instar.format.v1.BeginWriteResponse
+	51, // 68: instar.format.v1.FormatService.PlaceRuns:output_type -> instar.format.v1.PlaceRunsResponse
+	53, // 69: instar.format.v1.FormatService.ZeroRuns:output_type -> instar.format.v1.ZeroRunsResponse
+	56, // 70: instar.format.v1.FormatService.EncodeUnits:output_type -> instar.format.v1.EncodeUnitsResponse
+	58, // 71: instar.format.v1.FormatService.FinishWrite:output_type -> instar.format.v1.FinishWriteResponse
+	17, // 72: instar.format.v1.FormatService.ReadBitmap:output_type -> instar.format.v1.ReadBitmapResponse
+	19, // 73: instar.format.v1.FormatService.WriteBitmap:output_type -> instar.format.v1.WriteBitmapResponse
+	56, // [56:74] is the sub-list for method output_type
+	38, // [38:56] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_instar_format_v1_format_proto_init() }
@@ -4050,7 +4312,7 @@ func file_instar_format_v1_format_proto_init() {
 	if File_instar_format_v1_format_proto != nil {
 		return
 	}
-	file_instar_format_v1_format_proto_msgTypes[25].OneofWrappers = []any{
+	file_instar_format_v1_format_proto_msgTypes[29].OneofWrappers = []any{
 		(*Fact_BoolValue)(nil),
 		(*Fact_IntValue)(nil),
 		(*Fact_UintValue)(nil),
@@ -4065,7 +4327,7 @@ func file_instar_format_v1_format_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_instar_format_v1_format_proto_rawDesc), len(file_instar_format_v1_format_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   54,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

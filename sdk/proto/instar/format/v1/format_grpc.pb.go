@@ -41,6 +41,8 @@ const (
 	FormatService_ZeroRuns_FullMethodName      = "/instar.format.v1.FormatService/ZeroRuns"
 	FormatService_EncodeUnits_FullMethodName   = "/instar.format.v1.FormatService/EncodeUnits"
 	FormatService_FinishWrite_FullMethodName   = "/instar.format.v1.FormatService/FinishWrite"
+	FormatService_ReadBitmap_FullMethodName    = "/instar.format.v1.FormatService/ReadBitmap"
+	FormatService_WriteBitmap_FullMethodName   = "/instar.format.v1.FormatService/WriteBitmap"
 )
 
 // FormatServiceClient is the client API for FormatService service.
@@ -71,6 +73,8 @@ type FormatServiceClient interface {
 	ZeroRuns(ctx context.Context, in *ZeroRunsRequest, opts ...grpc.CallOption) (*ZeroRunsResponse, error)
 	EncodeUnits(ctx context.Context, in *EncodeUnitsRequest, opts ...grpc.CallOption) (*EncodeUnitsResponse, error)
 	FinishWrite(ctx context.Context, in *FinishWriteRequest, opts ...grpc.CallOption) (*FinishWriteResponse, error)
+	ReadBitmap(ctx context.Context, in *ReadBitmapRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadBitmapResponse], error)
+	WriteBitmap(ctx context.Context, in *WriteBitmapRequest, opts ...grpc.CallOption) (*WriteBitmapResponse, error)
 }
 
 type formatServiceClient struct {
@@ -259,6 +263,35 @@ func (c *formatServiceClient) FinishWrite(ctx context.Context, in *FinishWriteRe
 	return out, nil
 }
 
+func (c *formatServiceClient) ReadBitmap(ctx context.Context, in *ReadBitmapRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadBitmapResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &FormatService_ServiceDesc.Streams[2], FormatService_ReadBitmap_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ReadBitmapRequest, ReadBitmapResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type FormatService_ReadBitmapClient = grpc.ServerStreamingClient[ReadBitmapResponse]
+
+func (c *formatServiceClient) WriteBitmap(ctx context.Context, in *WriteBitmapRequest, opts ...grpc.CallOption) (*WriteBitmapResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WriteBitmapResponse)
+	err := c.cc.Invoke(ctx, FormatService_WriteBitmap_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // FormatServiceServer is the server API for FormatService service.
 // All implementations must embed UnimplementedFormatServiceServer
 // for forward compatibility.
@@ -287,6 +320,8 @@ type FormatServiceServer interface {
 	ZeroRuns(context.Context, *ZeroRunsRequest) (*ZeroRunsResponse, error)
 	EncodeUnits(context.Context, *EncodeUnitsRequest) (*EncodeUnitsResponse, error)
 	FinishWrite(context.Context, *FinishWriteRequest) (*FinishWriteResponse, error)
+	ReadBitmap(*ReadBitmapRequest, grpc.ServerStreamingServer[ReadBitmapResponse]) error
+	WriteBitmap(context.Context, *WriteBitmapRequest) (*WriteBitmapResponse, error)
 	mustEmbedUnimplementedFormatServiceServer()
 }
 
@@ -344,6 +379,12 @@ func (UnimplementedFormatServiceServer) EncodeUnits(context.Context, *EncodeUnit
 }
 func (UnimplementedFormatServiceServer) FinishWrite(context.Context, *FinishWriteRequest) (*FinishWriteResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method FinishWrite not implemented")
+}
+func (UnimplementedFormatServiceServer) ReadBitmap(*ReadBitmapRequest, grpc.ServerStreamingServer[ReadBitmapResponse]) error {
+	return status.Error(codes.Unimplemented, "method ReadBitmap not implemented")
+}
+func (UnimplementedFormatServiceServer) WriteBitmap(context.Context, *WriteBitmapRequest) (*WriteBitmapResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method WriteBitmap not implemented")
 }
 func (UnimplementedFormatServiceServer) mustEmbedUnimplementedFormatServiceServer() {}
 func (UnimplementedFormatServiceServer) testEmbeddedByValue()                       {}
@@ -640,6 +681,35 @@ func _FormatService_FinishWrite_Handler(srv interface{}, ctx context.Context, de
 	return interceptor(ctx, in, info, handler)
 }
 
+func _FormatService_ReadBitmap_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ReadBitmapRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(FormatServiceServer).ReadBitmap(m, &grpc.GenericServerStream[ReadBitmapRequest, ReadBitmapResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type FormatService_ReadBitmapServer = grpc.ServerStreamingServer[ReadBitmapResponse]
+
+func _FormatService_WriteBitmap_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WriteBitmapRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FormatServiceServer).WriteBitmap(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FormatService_WriteBitmap_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FormatServiceServer).WriteBitmap(ctx, req.(*WriteBitmapRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // FormatService_ServiceDesc is the grpc.ServiceDesc for FormatService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -703,6 +773,10 @@ var FormatService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "FinishWrite",
 			Handler:    _FormatService_FinishWrite_Handler,
 		},
+		{
+			MethodName: "WriteBitmap",
+			Handler:    _FormatService_WriteBitmap_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -713,6 +787,11 @@ var FormatService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "CheckImage",
 			Handler:       _FormatService_CheckImage_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "ReadBitmap",
+			Handler:       _FormatService_ReadBitmap_Handler,
 			ServerStreams: true,
 		},
 	},
