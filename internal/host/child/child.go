@@ -68,6 +68,8 @@ type Child struct {
 	reaped bool
 	killed bool
 	status syscall.WaitStatus
+	usage  syscall.Rusage
+	limits Limits
 }
 
 // Start runs a program. Its first line on stdout tells where it listens.
@@ -209,17 +211,45 @@ func (c *Child) Remove() {
 	c.dir.remove()
 }
 
+// ours are the processes that we started and that have not been waited for.
+var ours struct {
+	sync.Mutex
+	pids map[int]bool
+}
+
+func own(pid int) {
+	ours.Lock()
+	defer ours.Unlock()
+	if ours.pids == nil {
+		ours.pids = make(map[int]bool)
+	}
+	ours.pids[pid] = true
+}
+
+func disown(pid int) {
+	ours.Lock()
+	defer ours.Unlock()
+	delete(ours.pids, pid)
+}
+
+func isOurs(pid int) bool {
+	ours.Lock()
+	defer ours.Unlock()
+	return ours.pids[pid]
+}
+
 // wait waits for the process to end, and closes done.
 func (c *Child) wait() {
 	awaitExit(c.id)
 	c.mu.Lock()
 	var status syscall.WaitStatus
 	for {
-		if _, err := syscall.Wait4(c.id, &status, 0, nil); err != syscall.EINTR {
+		if _, err := syscall.Wait4(c.id, &status, 0, &c.usage); err != syscall.EINTR {
 			break
 		}
 	}
 	c.status, c.reaped = status, true
+	disown(c.id)
 	c.mu.Unlock()
 	close(c.done)
 }
@@ -236,8 +266,7 @@ func (c *Child) Kill() {
 	c.mu.Lock()
 	if c.id != 0 && !c.reaped {
 		c.killed = true
-		unix.Kill(-c.id, unix.SIGKILL)
-		unix.Kill(c.id, unix.SIGKILL)
+		c.killTree()
 	}
 	c.mu.Unlock()
 	c.sendMu.Lock()
@@ -312,7 +341,12 @@ func (c *Child) ExitError(name string) error {
 	c.last.settle(100 * time.Millisecond)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return &ExitError{Plugin: name, Status: c.status, Killed: c.killed, Output: c.last.line()}
+	used := time.Duration(c.usage.Utime.Nano() + c.usage.Stime.Nano())
+	limit := time.Duration(c.limits.CPUSeconds) * time.Second
+	return &ExitError{
+		Plugin: name, Status: c.status, Killed: c.killed, Output: c.last.line(),
+		UsedUp: c.status.Signaled() && limit > 0 && used >= limit,
+	}
 }
 
 // ExitError reports a plugin that ended while it was needed.
@@ -320,6 +354,7 @@ type ExitError struct {
 	Plugin string
 	Status syscall.WaitStatus
 	Killed bool   // by the core
+	UsedUp bool   // the processor time that it was given
 	Output string // the most telling line that it wrote to stderr
 }
 
@@ -329,7 +364,7 @@ func (e *ExitError) Error() string {
 	switch {
 	case e.Killed:
 		b.WriteString("was stopped")
-	case e.Status.Signaled() && e.Status.Signal() == syscall.SIGXCPU:
+	case e.UsedUp || e.Status.Signaled() && e.Status.Signal() == syscall.SIGXCPU:
 		b.WriteString("used up its processor time")
 	case e.Status.Signaled():
 		fmt.Fprintf(&b, "was killed by signal %d (%v)", int(e.Status.Signal()), e.Status.Signal())

@@ -44,6 +44,7 @@ func (c *Child) run(attr *syscall.ProcAttr, result chan<- error) {
 		return
 	}
 	closeOnExec()
+	adoptOrphans()
 	if c.confined {
 		if err := c.confine(); err != nil {
 			result <- err
@@ -55,6 +56,7 @@ func (c *Child) run(attr *syscall.ProcAttr, result chan<- error) {
 		result <- startError(err, c.confined)
 		return
 	}
+	own(pid)
 	c.mu.Lock()
 	c.id = pid
 	c.mu.Unlock()
@@ -65,12 +67,15 @@ func (c *Child) run(attr *syscall.ProcAttr, result chan<- error) {
 // SetLimits bounds the process from outside. It may have begun to run, which
 // does not matter: what it can have used by now is nothing.
 func (c *Child) SetLimits(limits Limits) {
+	c.mu.Lock()
+	c.limits = limits
+	c.mu.Unlock()
 	pid := c.Pid()
 	if limits.Files == 0 {
 		limits.Files = DefaultFiles
 	}
-	set := func(resource int, limit uint64) {
-		l := unix.Rlimit{Cur: limit, Max: limit}
+	set := func(resource int, limit, hard uint64) {
+		l := unix.Rlimit{Cur: limit, Max: hard}
 		var old unix.Rlimit
 		if err := unix.Prlimit(pid, resource, nil, &old); err == nil {
 			l.Max = min(l.Max, old.Max)
@@ -78,14 +83,16 @@ func (c *Child) SetLimits(limits Limits) {
 		}
 		_ = unix.Prlimit(pid, resource, &l, nil) // fails when the process is gone
 	}
-	set(unix.RLIMIT_CORE, 0)
-	set(unix.RLIMIT_NOFILE, uint64(limits.Files))
+	set(unix.RLIMIT_CORE, 0, 0)
+	set(unix.RLIMIT_NOFILE, uint64(limits.Files), uint64(limits.Files))
 	if limits.CPUSeconds > 0 {
-		set(unix.RLIMIT_CPU, uint64(limits.CPUSeconds))
+		// First a signal that says why, then one that cannot be caught.
+		set(unix.RLIMIT_CPU, uint64(limits.CPUSeconds), uint64(limits.CPUSeconds)+1)
 	}
 	if limits.MemoryBytes > 0 {
 		// Not RLIMIT_AS: a Go program reserves far more addresses than it uses.
-		set(unix.RLIMIT_DATA, uint64(limits.MemoryBytes)+memoryOverhead)
+		most := uint64(limits.MemoryBytes) + memoryOverhead
+		set(unix.RLIMIT_DATA, most, most)
 	}
 }
 

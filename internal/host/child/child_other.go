@@ -34,6 +34,7 @@ func (c *Child) run(attr *syscall.ProcAttr, result chan<- error) {
 		result <- fmt.Errorf("start: %w", err)
 		return
 	}
+	own(pid)
 	c.mu.Lock()
 	c.id = pid
 	c.mu.Unlock()
@@ -47,3 +48,10 @@ func awaitExit(int) {}
 
 // SetLimits does nothing: limits are part of the sandbox.
 func (c *Child) SetLimits(Limits) {}
+
+// killTree ends the process and its process group. Descendants that left that
+// are not found here.
+func (c *Child) killTree() {
+	unix.Kill(-c.id, unix.SIGKILL)
+	unix.Kill(c.id, unix.SIGKILL)
+}

@@ -32,6 +32,10 @@ const serviceName, methodName = "instar.launchtest.Probe", "Do"
 func main() {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
+		case "sleep-in-child":
+			pid, err := startSleeper()
+			fmt.Println(pid, err)
+			return
 		case "sleep":
 			time.Sleep(time.Hour)
 		case "--manifest":
@@ -178,12 +182,36 @@ func (p *probe) do(ctx context.Context, args []string) (string, error) {
 			hoard = append(hoard, b)
 		}
 	case "flood":
-		flood(64 << 20)
+		flood(8 << 20)
 		return "flooded", nil
+	case "open-many":
+		n := 0
+		for ; n < 100; n++ {
+			if _, err := os.Open(os.Args[0]); err != nil {
+				break
+			}
+		}
+		return strconv.Itoa(n), nil
+	case "fork-twice": // the parent of the sleeper is gone
+		r, w, err := os.Pipe()
+		if err != nil {
+			return "", err
+		}
+		pid, err := syscall.ForkExec(os.Args[0], []string{os.Args[0], "sleep-in-child"},
+			&syscall.ProcAttr{Files: []uintptr{0, w.Fd(), 2}})
+		if err != nil {
+			return "", err
+		}
+		w.Close()
+		b := make([]byte, 64)
+		n, _ := r.Read(b)
+		if _, err := syscall.Wait4(pid, nil, 0, nil); err != nil {
+			return "", err
+		}
+		sleeper, _, _ := strings.Cut(string(b[:n]), " ")
+		return sleeper, nil
 	case "fork":
-		// Out of the process group, so that a signal to it does not reach.
-		pid, err := syscall.ForkExec(os.Args[0], []string{os.Args[0], "sleep"},
-			&syscall.ProcAttr{Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setpgid: true}})
+		pid, err := startSleeper()
 		return strconv.Itoa(pid), err
 	}
 	return "", fmt.Errorf("what is %q?", args[0])
@@ -195,6 +223,13 @@ func (p *probe) take(ctx context.Context, ticket string) (*os.File, error) {
 		return nil, err
 	}
 	return p.files.Take(ctx, uint32(n))
+}
+
+// startSleeper starts a process out of the process group, so that a signal to
+// that does not reach it.
+func startSleeper() (int, error) {
+	return syscall.ForkExec(os.Args[0], []string{os.Args[0], "sleep"},
+		&syscall.ProcAttr{Files: []uintptr{0, 1, 2}, Sys: &syscall.SysProcAttr{Setpgid: true}})
 }
 
 func flood(most int64) {
