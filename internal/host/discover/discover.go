@@ -3,6 +3,7 @@
 package discover
 
 import (
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -263,6 +264,11 @@ func parseManifest(b []byte) (sdk.Manifest, error) {
 	}
 	if m.Name == "" {
 		return m, errors.New("manifest: no name")
+	}
+	for _, p := range m.Probes {
+		if _, err := hex.DecodeString(p.Bytes); err != nil {
+			return m, fmt.Errorf("manifest: probe %q: %w", p.Bytes, err)
+		}
 	}
 	return m, nil
 }
