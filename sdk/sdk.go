@@ -243,9 +243,9 @@ type Info struct {
 	Corrupt        bool
 	References     []Reference
 	Snapshots      []Snapshot
-	// Bitmaps: the image can have persistent bitmaps. Those it has are the list
-	// "bitmaps" in Specific, objects of name, granularity and flags.
-	Bitmaps bool
+	// HasBitmaps: the image can have persistent bitmaps; Bitmaps are those it has.
+	HasBitmaps bool
+	Bitmaps    []BitmapInfo
 	// SpecificType is "type" of format-specific; Specific its "data", in the
 	// order in which the format defines it. Both empty: the image has none.
 	SpecificType string

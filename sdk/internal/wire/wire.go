@@ -160,7 +160,7 @@ func FromPlanInfo(p *pb.PlanCreateResponse) (sdk.PlanInfo, error) {
 func Info(in *sdk.Info) *pb.Info {
 	out := &pb.Info{
 		VirtualSize: in.VirtualSize, AllocationUnit: in.AllocationUnit,
-		Encrypted: in.Encrypted, Compressed: in.Compressed, Dirty: in.Dirty, Corrupt: in.Corrupt,
+		Encrypted: in.Encrypted, Compressed: in.Compressed, Dirty: in.Dirty, Corrupt: in.Corrupt, HasBitmaps: in.HasBitmaps,
 		SpecificType: in.SpecificType, Specific: facts(in.Specific), Identity: in.Identity,
 	}
 	out.Bitmaps = Bitmaps(in.Bitmaps)
@@ -185,7 +185,7 @@ func FromInfo(in *pb.Info) (*sdk.Info, error) {
 	}
 	out := &sdk.Info{
 		VirtualSize: in.GetVirtualSize(), AllocationUnit: in.GetAllocationUnit(),
-		Encrypted: in.GetEncrypted(), Compressed: in.GetCompressed(), Dirty: in.GetDirty(), Corrupt: in.GetCorrupt(), Bitmaps: in.GetBitmaps(),
+		Encrypted: in.GetEncrypted(), Compressed: in.GetCompressed(), Dirty: in.GetDirty(), Corrupt: in.GetCorrupt(), HasBitmaps: in.GetHasBitmaps(),
 		SpecificType: in.GetSpecificType(), Specific: fromFacts(in.GetSpecific(), 0), Identity: in.GetIdentity(),
 	}
 	if out.VirtualSize < 0 || out.AllocationUnit < 0 {

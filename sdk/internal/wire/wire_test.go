@@ -107,9 +107,9 @@ func TestErrorsKeepTheirClass(t *testing.T) {
 func TestInfoRoundTrip(t *testing.T) {
 	in := &sdk.Info{
 		VirtualSize: 1 << 40, AllocationUnit: 65536, Dirty: true,
-		References:   []sdk.Reference{{Kind: sdk.RefBacking, Name: "x", Format: "raw", Alternatives: []string{"y"}, IdentityKey: "k", Identity: "v"}},
-		Snapshots:    []sdk.Snapshot{{ID: "1", Name: "s", VMStateSize: 3, DateSec: 4, Icount: -1}},
-		Bitmaps:      []sdk.BitmapInfo{{Name: "b", Granularity: 65536, Enabled: true, Inconsistent: true}},
+		References: []sdk.Reference{{Kind: sdk.RefBacking, Name: "x", Format: "raw", Alternatives: []string{"y"}, IdentityKey: "k", Identity: "v"}},
+		Snapshots:  []sdk.Snapshot{{ID: "1", Name: "s", VMStateSize: 3, DateSec: 4, Icount: -1}},
+		HasBitmaps: true, Bitmaps: []sdk.BitmapInfo{{Name: "b", Granularity: 65536, Enabled: true, Inconsistent: true}},
 		SpecificType: "t",
 		Specific: []sdk.Fact{
 			sdk.BoolFact("b", false), sdk.IntFact("i", -1), sdk.UintFact("u", 1<<63), sdk.StringFact("s", ""),

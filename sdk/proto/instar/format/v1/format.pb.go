@@ -1919,8 +1919,9 @@ type Info struct {
 	SpecificType   string                 `protobuf:"bytes,9,opt,name=specific_type,json=specificType,proto3" json:"specific_type,omitempty"`
 	Specific       []*Fact                `protobuf:"bytes,10,rep,name=specific,proto3" json:"specific,omitempty"`
 	Identity       map[string]string      `protobuf:"bytes,11,rep,name=identity,proto3" json:"identity,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Whether the image can have bitmaps.
-	Bitmaps       bool `protobuf:"varint,12,opt,name=bitmaps,proto3" json:"bitmaps,omitempty"`
+	// Whether the image can have bitmaps, and those it has.
+	HasBitmaps    bool          `protobuf:"varint,12,opt,name=has_bitmaps,json=hasBitmaps,proto3" json:"has_bitmaps,omitempty"`
+	Bitmaps       []*BitmapInfo `protobuf:"bytes,13,rep,name=bitmaps,proto3" json:"bitmaps,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2032,11 +2033,18 @@ func (x *Info) GetIdentity() map[string]string {
 	return nil
 }
 
-func (x *Info) GetBitmaps() bool {
+func (x *Info) GetHasBitmaps() bool {
+	if x != nil {
+		return x.HasBitmaps
+	}
+	return false
+}
+
+func (x *Info) GetBitmaps() []*BitmapInfo {
 	if x != nil {
 		return x.Bitmaps
 	}
-	return false
+	return nil
 }
 
 type Reference struct {
@@ -3946,7 +3954,7 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\x122\n" +
 	"\x05files\x18\x02 \x03(\v2\x1c.instar.format.v1.FileTicketR\x05files\"A\n" +
 	"\x13AttachFilesResponse\x12*\n" +
-	"\x04info\x18\x01 \x01(\v2\x16.instar.format.v1.InfoR\x04info\"\xa9\x04\n" +
+	"\x04info\x18\x01 \x01(\v2\x16.instar.format.v1.InfoR\x04info\"\xe8\x04\n" +
 	"\x04Info\x12!\n" +
 	"\fvirtual_size\x18\x01 \x01(\x03R\vvirtualSize\x12'\n" +
 	"\x0fallocation_unit\x18\x02 \x01(\x03R\x0eallocationUnit\x12\x1c\n" +
@@ -3963,8 +3971,10 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\rspecific_type\x18\t \x01(\tR\fspecificType\x122\n" +
 	"\bspecific\x18\n" +
 	" \x03(\v2\x16.instar.format.v1.FactR\bspecific\x12@\n" +
-	"\bidentity\x18\v \x03(\v2$.instar.format.v1.Info.IdentityEntryR\bidentity\x12\x18\n" +
-	"\abitmaps\x18\f \x01(\bR\abitmaps\x1a;\n" +
+	"\bidentity\x18\v \x03(\v2$.instar.format.v1.Info.IdentityEntryR\bidentity\x12\x1f\n" +
+	"\vhas_bitmaps\x18\f \x01(\bR\n" +
+	"hasBitmaps\x126\n" +
+	"\abitmaps\x18\r \x03(\v2\x1c.instar.format.v1.BitmapInfoR\abitmaps\x1a;\n" +
 	"\rIdentityEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xde\x01\n" +
@@ -4252,59 +4262,60 @@ var file_instar_format_v1_format_proto_depIdxs = []int32{
 	32, // 23: instar.format.v1.Info.snapshots:type_name -> instar.format.v1.Snapshot
 	33, // 24: instar.format.v1.Info.specific:type_name -> instar.format.v1.Fact
 	61, // 25: instar.format.v1.Info.identity:type_name -> instar.format.v1.Info.IdentityEntry
-	34, // 26: instar.format.v1.Fact.object:type_name -> instar.format.v1.Facts
-	34, // 27: instar.format.v1.Fact.list:type_name -> instar.format.v1.Facts
-	33, // 28: instar.format.v1.Facts.facts:type_name -> instar.format.v1.Fact
-	38, // 29: instar.format.v1.DecodeExtentsRequest.extents:type_name -> instar.format.v1.EncodedExtent
-	40, // 30: instar.format.v1.DecodeExtentsResponse.failed:type_name -> instar.format.v1.DecodeFailure
-	4,  // 31: instar.format.v1.DecodeFailure.detail:type_name -> instar.format.v1.ErrorDetail
-	3,  // 32: instar.format.v1.CheckImageRequest.fix:type_name -> instar.format.v1.Fix
-	43, // 33: instar.format.v1.CheckImageResponse.result:type_name -> instar.format.v1.CheckResult
-	48, // 34: instar.format.v1.PlaceRunsRequest.runs:type_name -> instar.format.v1.Run
-	49, // 35: instar.format.v1.PlaceRunsResponse.placements:type_name -> instar.format.v1.Placement
-	48, // 36: instar.format.v1.ZeroRunsRequest.runs:type_name -> instar.format.v1.Run
-	55, // 37: instar.format.v1.EncodeUnitsRequest.units:type_name -> instar.format.v1.EncodeUnit
-	7,  // 38: instar.format.v1.FormatService.Describe:input_type -> instar.format.v1.DescribeRequest
-	12, // 39: instar.format.v1.FormatService.PlanCreate:input_type -> instar.format.v1.PlanCreateRequest
-	20, // 40: instar.format.v1.FormatService.MeasurePlan:input_type -> instar.format.v1.MeasurePlanRequest
-	22, // 41: instar.format.v1.FormatService.EmitPlan:input_type -> instar.format.v1.EmitPlanRequest
-	24, // 42: instar.format.v1.FormatService.ReleasePlan:input_type -> instar.format.v1.ReleasePlanRequest
-	26, // 43: instar.format.v1.FormatService.OpenImage:input_type -> instar.format.v1.OpenImageRequest
-	28, // 44: instar.format.v1.FormatService.AttachFiles:input_type -> instar.format.v1.AttachFilesRequest
-	35, // 45: instar.format.v1.FormatService.MapImage:input_type -> instar.format.v1.MapImageRequest
-	37, // 46: instar.format.v1.FormatService.DecodeExtents:input_type -> instar.format.v1.DecodeExtentsRequest
-	41, // 47: instar.format.v1.FormatService.CheckImage:input_type -> instar.format.v1.CheckImageRequest
-	44, // 48: instar.format.v1.FormatService.CloseImage:input_type -> instar.format.v1.CloseImageRequest
-	46, // 49: instar.format.v1.FormatService.BeginWrite:input_type -> instar.format.v1.BeginWriteRequest
-	50, // 50: instar.format.v1.FormatService.PlaceRuns:input_type -> instar.format.v1.PlaceRunsRequest
-	52, // 51: instar.format.v1.FormatService.ZeroRuns:input_type -> instar.format.v1.ZeroRunsRequest
-	54, // 52: instar.format.v1.FormatService.EncodeUnits:input_type -> instar.format.v1.EncodeUnitsRequest
-	57, // 53: instar.format.v1.FormatService.FinishWrite:input_type -> instar.format.v1.FinishWriteRequest
-	16, // 54: instar.format.v1.FormatService.ReadBitmap:input_type -> instar.format.v1.ReadBitmapRequest
-	18, // 55: instar.format.v1.FormatService.WriteBitmap:input_type -> instar.format.v1.WriteBitmapRequest
-	8,  // 56: instar.format.v1.FormatService.Describe:output_type -> instar.format.v1.DescribeResponse
-	14, // 57: instar.format.v1.FormatService.PlanCreate:output_type -> instar.format.v1.PlanCreateResponse
-	21, // 58: instar.format.v1.FormatService.MeasurePlan:output_type -> instar.format.v1.MeasurePlanResponse
-	23, // 59: instar.format.v1.FormatService.EmitPlan:output_type -> instar.format.v1.EmitPlanResponse
-	25, // 60: instar.format.v1.FormatService.ReleasePlan:output_type -> instar.format.v1.ReleasePlanResponse
-	27, // 61: instar.format.v1.FormatService.OpenImage:output_type -> instar.format.v1.OpenImageResponse
-	29, // 62: instar.format.v1.FormatService.AttachFiles:output_type -> instar.format.v1.AttachFilesResponse
-	36, // 63: instar.format.v1.FormatService.MapImage:output_type -> instar.format.v1.MapImageResponse
-	39, // 64: instar.format.v1.FormatService.DecodeExtents:output_type -> instar.format.v1.DecodeExtentsResponse
-	42, // 65: instar.format.v1.FormatService.CheckImage:output_type -> instar.format.v1.CheckImageResponse
-	45, // 66: instar.format.v1.FormatService.CloseImage:output_type -> instar.format.v1.CloseImageResponse
-	47, // 67: instar.format.v1.FormatService.BeginWrite:output_type -> instar.format.v1.BeginWriteResponse
-	51, // 68: instar.format.v1.FormatService.PlaceRuns:output_type -> instar.format.v1.PlaceRunsResponse
-	53, // 69: instar.format.v1.FormatService.ZeroRuns:output_type -> instar.format.v1.ZeroRunsResponse
-	56, // 70: instar.format.v1.FormatService.EncodeUnits:output_type -> instar.format.v1.EncodeUnitsResponse
-	58, // 71: instar.format.v1.FormatService.FinishWrite:output_type -> instar.format.v1.FinishWriteResponse
-	17, // 72: instar.format.v1.FormatService.ReadBitmap:output_type -> instar.format.v1.ReadBitmapResponse
-	19, // 73: instar.format.v1.FormatService.WriteBitmap:output_type -> instar.format.v1.WriteBitmapResponse
-	56, // [56:74] is the sub-list for method output_type
-	38, // [38:56] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	15, // 26: instar.format.v1.Info.bitmaps:type_name -> instar.format.v1.BitmapInfo
+	34, // 27: instar.format.v1.Fact.object:type_name -> instar.format.v1.Facts
+	34, // 28: instar.format.v1.Fact.list:type_name -> instar.format.v1.Facts
+	33, // 29: instar.format.v1.Facts.facts:type_name -> instar.format.v1.Fact
+	38, // 30: instar.format.v1.DecodeExtentsRequest.extents:type_name -> instar.format.v1.EncodedExtent
+	40, // 31: instar.format.v1.DecodeExtentsResponse.failed:type_name -> instar.format.v1.DecodeFailure
+	4,  // 32: instar.format.v1.DecodeFailure.detail:type_name -> instar.format.v1.ErrorDetail
+	3,  // 33: instar.format.v1.CheckImageRequest.fix:type_name -> instar.format.v1.Fix
+	43, // 34: instar.format.v1.CheckImageResponse.result:type_name -> instar.format.v1.CheckResult
+	48, // 35: instar.format.v1.PlaceRunsRequest.runs:type_name -> instar.format.v1.Run
+	49, // 36: instar.format.v1.PlaceRunsResponse.placements:type_name -> instar.format.v1.Placement
+	48, // 37: instar.format.v1.ZeroRunsRequest.runs:type_name -> instar.format.v1.Run
+	55, // 38: instar.format.v1.EncodeUnitsRequest.units:type_name -> instar.format.v1.EncodeUnit
+	7,  // 39: instar.format.v1.FormatService.Describe:input_type -> instar.format.v1.DescribeRequest
+	12, // 40: instar.format.v1.FormatService.PlanCreate:input_type -> instar.format.v1.PlanCreateRequest
+	20, // 41: instar.format.v1.FormatService.MeasurePlan:input_type -> instar.format.v1.MeasurePlanRequest
+	22, // 42: instar.format.v1.FormatService.EmitPlan:input_type -> instar.format.v1.EmitPlanRequest
+	24, // 43: instar.format.v1.FormatService.ReleasePlan:input_type -> instar.format.v1.ReleasePlanRequest
+	26, // 44: instar.format.v1.FormatService.OpenImage:input_type -> instar.format.v1.OpenImageRequest
+	28, // 45: instar.format.v1.FormatService.AttachFiles:input_type -> instar.format.v1.AttachFilesRequest
+	35, // 46: instar.format.v1.FormatService.MapImage:input_type -> instar.format.v1.MapImageRequest
+	37, // 47: instar.format.v1.FormatService.DecodeExtents:input_type -> instar.format.v1.DecodeExtentsRequest
+	41, // 48: instar.format.v1.FormatService.CheckImage:input_type -> instar.format.v1.CheckImageRequest
+	44, // 49: instar.format.v1.FormatService.CloseImage:input_type -> instar.format.v1.CloseImageRequest
+	46, // 50: instar.format.v1.FormatService.BeginWrite:input_type -> instar.format.v1.BeginWriteRequest
+	50, // 51: instar.format.v1.FormatService.PlaceRuns:input_type -> instar.format.v1.PlaceRunsRequest
+	52, // 52: instar.format.v1.FormatService.ZeroRuns:input_type -> instar.format.v1.ZeroRunsRequest
+	54, // 53: instar.format.v1.FormatService.EncodeUnits:input_type -> instar.format.v1.EncodeUnitsRequest
+	57, // 54: instar.format.v1.FormatService.FinishWrite:input_type -> instar.format.v1.FinishWriteRequest
+	16, // 55: instar.format.v1.FormatService.ReadBitmap:input_type -> instar.format.v1.ReadBitmapRequest
+	18, // 56: instar.format.v1.FormatService.WriteBitmap:input_type -> instar.format.v1.WriteBitmapRequest
+	8,  // 57: instar.format.v1.FormatService.Describe:output_type -> instar.format.v1.DescribeResponse
+	14, // 58: instar.format.v1.FormatService.PlanCreate:output_type -> instar.format.v1.PlanCreateResponse
+	21, // 59: instar.format.v1.FormatService.MeasurePlan:output_type -> instar.format.v1.MeasurePlanResponse
+	23, // 60: instar.format.v1.FormatService.EmitPlan:output_type -> instar.format.v1.EmitPlanResponse
+	25, // 61: instar.format.v1.FormatService.ReleasePlan:output_type -> instar.format.v1.ReleasePlanResponse
+	27, // 62: instar.format.v1.FormatService.OpenImage:output_type -> instar.format.v1.OpenImageResponse
+	29, // 63: instar.format.v1.FormatService.AttachFiles:output_type -> instar.format.v1.AttachFilesResponse
+	36, // 64: instar.format.v1.FormatService.MapImage:output_type -> instar.format.v1.MapImageResponse
+	39, // 65: instar.format.v1.FormatService.DecodeExtents:output_type -> instar.format.v1.DecodeExtentsResponse
+	42, // 66: instar.format.v1.FormatService.CheckImage:output_type -> instar.format.v1.CheckImageResponse
+	45, // 67: instar.format.v1.FormatService.CloseImage:output_type -> instar.format.v1.CloseImageResponse
+	47, // 68: instar.format.v1.FormatService.BeginWrite:output_type -> instar.format.v1.BeginWriteResponse
+	51, // 69: instar.format.v1.FormatService.PlaceRuns:output_type -> instar.format.v1.PlaceRunsResponse
+	53, // 70: instar.format.v1.FormatService.ZeroRuns:output_type -> instar.format.v1.ZeroRunsResponse
+	56, // 71: instar.format.v1.FormatService.EncodeUnits:output_type -> instar.format.v1.EncodeUnitsResponse
+	58, // 72: instar.format.v1.FormatService.FinishWrite:output_type -> instar.format.v1.FinishWriteResponse
+	17, // 73: instar.format.v1.FormatService.ReadBitmap:output_type -> instar.format.v1.ReadBitmapResponse
+	19, // 74: instar.format.v1.FormatService.WriteBitmap:output_type -> instar.format.v1.WriteBitmapResponse
+	57, // [57:75] is the sub-list for method output_type
+	39, // [39:57] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_instar_format_v1_format_proto_init() }
