@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
-	"io"
 
 	"github.com/instar-img/instar/sdk/ondisk"
 )
@@ -105,20 +104,33 @@ func (g *geometry) length(block int64) int64 {
 // batChunk is how many entries are read at once.
 const batChunk = 8192
 
-// eachEntry calls f with count entries of the table at off from first on, until
-// it returns false.
-func eachEntry(ctx context.Context, r io.ReaderAt, off, first, count int64, f func(index int64, e batEntry) (bool, error)) error {
+// noBlock stands for the payload block of a sector bitmap's entry.
+const noBlock = -1
+
+// eachEntry calls f with count entries of the table from first on, and the
+// payload blocks that they are for, until it returns false.
+func (img *image) eachEntry(ctx context.Context, first, count int64, f func(index, block int64, e batEntry) (bool, error)) error {
 	buf := make([]byte, min(count, batChunk)*entrySize)
+	// Counted, not divided: there are up to 2^26 entries.
+	ratio := img.geo.ratio
+	block, in := first/(ratio+1)*ratio+first%(ratio+1), first%(ratio+1)
 	for count > 0 {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		n := min(count, batChunk)
-		if _, err := r.ReadAt(buf[:n*entrySize], off+first*entrySize); err != nil {
+		if _, err := img.file.ReadAt(buf[:n*entrySize], img.bat.start+first*entrySize); err != nil {
 			return fmt.Errorf("bat[%d]: %w", first, err)
 		}
 		for i := range n {
-			more, err := f(first+i, batEntry(binary.LittleEndian.Uint64(buf[i*entrySize:])))
+			b := block
+			if in == ratio {
+				b, in = noBlock, 0
+			} else {
+				block++
+				in++
+			}
+			more, err := f(first+i, b, batEntry(binary.LittleEndian.Uint64(buf[i*entrySize:])))
 			if err != nil || !more {
 				return err
 			}

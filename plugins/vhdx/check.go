@@ -11,13 +11,12 @@ import (
 
 // checkPlace reports what is wrong with where a payload block lies, in
 // qemu-img's words.
-func (img *image) checkPlace(i int64, e batEntry, report func(string)) {
-	block, ok := img.geo.block(i)
-	if !ok || !e.present() {
+func (img *image) checkPlace(i, block int64, e batEntry, report func(string)) {
+	off := e.offset()
+	size := img.file.size
+	if block == noBlock || !e.present() || off >= uint64(img.regions.end()) && off <= uint64(max(size-img.geo.blockSize, 0)) {
 		return
 	}
-	size := img.file.size
-	off := e.offset()
 	if off > uint64(math.MaxInt64-img.geo.blockSize) {
 		report(fmt.Sprintf("VHDX BAT entry %d offset overflow.", i))
 	}
@@ -40,11 +39,11 @@ func (img *image) checkPlace(i int64, e batEntry, report func(string)) {
 }
 
 // checkState reports what the specification forbids of an entry by itself.
-func (img *image) checkState(i int64, e batEntry, report func(string)) {
+func (img *image) checkState(i, block int64, e batEntry, report func(string)) {
 	if e.reserved() != 0 {
 		report(fmt.Sprintf("VHDX BAT entry %d has reserved bits %#x set: its block is not aligned to 1 MiB.", i, e.reserved()))
 	}
-	if _, ok := img.geo.block(i); ok {
+	if block != noBlock {
 		switch e.state() {
 		case blockPartiallyPresent:
 			if !img.geo.parent {
@@ -126,10 +125,10 @@ func (img *image) Check(ctx context.Context, req sdk.CheckRequest) (*sdk.CheckRe
 	g := &img.geo
 	// Of the current chunk: a block that needs the sector bitmap.
 	partial := int64(-1)
-	err := eachEntry(ctx, img.file, img.bat.start, 0, g.entries, func(i int64, e batEntry) (bool, error) {
-		img.checkPlace(i, e, report)
-		img.checkState(i, e, report)
-		_, payload := g.block(i)
+	err := img.eachEntry(ctx, 0, g.entries, func(i, block int64, e batEntry) (bool, error) {
+		img.checkPlace(i, block, e, report)
+		img.checkState(i, block, e, report)
+		payload := block != noBlock
 		length := g.blockSize
 		if !payload {
 			length = bitmapSize

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/instar-img/instar/sdk"
@@ -444,7 +445,7 @@ func TestLargeSectors(t *testing.T) {
 // device is a file that keeps its size, full of old content.
 type device struct{ sdk.File }
 
-func (device) Truncate(int64) error { return errors.New("not a regular file") }
+func (device) Truncate(int64) error { return syscall.EINVAL }
 
 func TestDevice(t *testing.T) {
 	ctx := context.Background()

@@ -17,6 +17,7 @@ type extents struct {
 	yield   func([]sdk.Extent) bool
 	batch   []sdk.Extent
 	stopped bool
+	dirty   bool // a log may change payload
 }
 
 func (x *extents) add(e sdk.Extent) {
@@ -57,11 +58,10 @@ func (img *image) Map(ctx context.Context, off, length int64, yield func([]sdk.E
 	g := &img.geo
 	end := off + length
 	first, last := off/g.blockSize, (end-1)/g.blockSize
-	x := &extents{yield: yield}
+	x := &extents{yield: yield, dirty: img.file.dirty()}
 	from := g.index(first)
-	err := eachEntry(ctx, img.file, img.bat.start, from, g.index(last)-from+1, func(i int64, e batEntry) (bool, error) {
-		block, ok := g.block(i)
-		if !ok {
+	err := img.eachEntry(ctx, from, g.index(last)-from+1, func(_, block int64, e batEntry) (bool, error) {
+		if block == noBlock {
 			return true, nil
 		}
 		start := max(off, block*g.blockSize)
@@ -153,7 +153,11 @@ func (img *image) mapPartial(x *extents, block, start, host, n int64) error {
 func (img *image) addData(x *extents, start, host, n int64) {
 	for n > 0 {
 		part := n
-		run, ok := img.file.pendingIn(host, host+n)
+		var run span
+		ok := false
+		if x.dirty {
+			run, ok = img.file.pendingIn(host, host+n)
+		}
 		if ok && run.start == host {
 			part = run.end - run.start
 			x.add(sdk.Extent{Offset: start, Length: part, Kind: sdk.Encoded, HostOffset: host, EncodedLength: part})

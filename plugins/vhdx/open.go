@@ -186,13 +186,14 @@ func (img *image) readMetadata(r span) error {
 // validateBAT refuses an image for the first thing that a check would report of
 // its payload blocks, as qemu-img does.
 func (img *image) validateBAT(ctx context.Context) error {
-	return eachEntry(ctx, img.file, img.bat.start, 0, img.geo.entries, func(i int64, e batEntry) (bool, error) {
-		var first string
-		img.checkPlace(i, e, func(text string) {
-			if first == "" {
-				first = text
-			}
-		})
+	var first string
+	report := func(text string) {
+		if first == "" {
+			first = text
+		}
+	}
+	return img.eachEntry(ctx, 0, img.geo.entries, func(i, block int64, e batEntry) (bool, error) {
+		img.checkPlace(i, block, e, report)
 		if first != "" {
 			return false, &sdk.Error{Text: first, Class: sdk.ErrCorrupt}
 		}

@@ -133,6 +133,15 @@ func (t *regionTable) layout(log span) (spans, error) {
 	return all, nil
 }
 
+// end is the first offset behind all of them, and behind the header section.
+func (all spans) end() int64 {
+	end := int64(headerSectionEnd)
+	for _, s := range all {
+		end = max(end, s.end)
+	}
+	return end
+}
+
 // find returns a span that s overlaps with.
 func (all spans) find(s span) (span, bool) {
 	for _, r := range all {

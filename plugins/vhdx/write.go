@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"syscall"
 
 	"github.com/instar-img/instar/sdk"
 	"github.com/instar-img/instar/sdk/ondisk"
@@ -77,7 +78,11 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 	w.natural = -1
 	size := img.file.fileSize
 	// A device keeps its size, and its end says nothing.
-	w.grow = img.file.File.Truncate(size) == nil
+	err = img.file.File.Truncate(size)
+	if err != nil && !errors.Is(err, syscall.EINVAL) {
+		return sdk.WriteInfo{}, err
+	}
+	w.grow = err == nil
 	if w.grow {
 		w.end = max(end, ondisk.DivUp(size, mib)*mib)
 		if natural >= 0 {
@@ -105,10 +110,7 @@ func (img *image) fixed() bool {
 // be added.
 func (img *image) used(ctx context.Context) (end int64, present bool, natural int64, err error) {
 	g := &img.geo
-	end = headerSectionEnd
-	for _, s := range img.regions {
-		end = max(end, s.end)
-	}
+	end = img.regions.end()
 	// The file ends with the disk, or with its last block.
 	var starts []int64
 	for _, n := range []int64{g.virtualSize, g.blocks * g.blockSize} {
@@ -116,8 +118,8 @@ func (img *image) used(ctx context.Context) (end int64, present bool, natural in
 			starts = append(starts, start)
 		}
 	}
-	err = eachEntry(ctx, img.file, img.bat.start, 0, g.entries, func(i int64, e batEntry) (bool, error) {
-		block, payload := g.block(i)
+	err = img.eachEntry(ctx, 0, g.entries, func(i, block int64, e batEntry) (bool, error) {
+		payload := block != noBlock
 		length := g.blockSize
 		if !payload {
 			length = bitmapSize
