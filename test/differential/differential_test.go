@@ -60,7 +60,7 @@ type outcome struct {
 }
 
 // run runs a command in dir. Only a command that cannot be started, or does not
-// end within a minute, fails the test.
+// end within a minute, fails the test. One that a signal ended has exit code -1.
 func run(t *testing.T, dir, name string, args ...string) outcome {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -72,7 +72,7 @@ func run(t *testing.T, dir, name string, args ...string) outcome {
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()
 	var exit *exec.ExitError
-	if err != nil && (!errors.As(err, &exit) || exit.ExitCode() < 0) {
+	if err != nil && (!errors.As(err, &exit) || ctx.Err() != nil) {
 		t.Fatalf("%s %q: %v\n%s", name, args, err, stderr.String())
 	}
 	return outcome{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
@@ -114,6 +114,23 @@ func place(t *testing.T, parent, name, fixtures string) string {
 		}
 	}
 	return dir
+}
+
+// usable reports whether qemu-img can open an image, and qemu-io read its first
+// and its last sector. There are images of which qemu-img makes only the
+// descriptor, without a word.
+func usable(t *testing.T, dir, format string) bool {
+	t.Helper()
+	info := run(t, dir, "qemu-img", "info", "-f", format, "--output=json", "image")
+	if info.code != 0 {
+		return false
+	}
+	size := virtualSize(t, info.stdout)
+	if size < 512 {
+		return true
+	}
+	read := run(t, dir, "qemu-io", "-r", "-f", format, "-c", "read 0 512", "-c", fmt.Sprintf("read %d 512", size-512), "image")
+	return read.code == 0 && !strings.Contains(read.stdout, "failed")
 }
 
 // images lists the files that a create made, with their lengths.
@@ -170,8 +187,12 @@ func compareCreate(t *testing.T, instar, base string, c triple) bool {
 	})
 
 	want, got := run(t, theirs, "qemu-img", c.args()...), run(t, ours, instar, c.args()...)
-	if want.code == 0 && got.code == 1 && run(t, theirs, "qemu-img", "info", "-f", c.format, "image").code != 0 {
-		return false // refused: qemu-img cannot open what it made (docs/divergences.md)
+	if want.code == 0 && got.code == 1 && !usable(t, theirs, c.format) {
+		return false // refused, rightly (docs/divergences.md)
+	}
+	if want.code == 1 && got.code == 0 && c.format == "vhdx" && usable(t, ours, c.format) &&
+		strings.Contains(want.stderr, "Failed to write the BAT") {
+		return true // qemu-img trips over a table without entries (docs/divergences.md)
 	}
 	if got.code != want.code {
 		t.Fatalf("exit code %d, qemu-img's %d\n%s%s", got.code, want.code, got.stderr, want.stderr)
@@ -208,15 +229,18 @@ func compareCreate(t *testing.T, instar, base string, c triple) bool {
 
 	info := []string{"info", "-f", c.format, "--output=json", "image"}
 	wantInfo, gotInfo := run(t, theirs, "qemu-img", info...), run(t, ours, "qemu-img", info...)
-	if wantInfo.code != gotInfo.code {
+	if wantInfo.code == 0 && gotInfo.code != 0 {
 		t.Fatalf("qemu-img info of our image: %s", gotInfo.stderr)
+	}
+	if wantInfo.code != 0 { // it cannot open every image that it makes
+		return true
 	}
 	if diff := cmp.Diff(facts(t, wantInfo.stdout), facts(t, gotInfo.stdout)); diff != "" {
 		t.Errorf("qemu-img info (-of its image +of ours):\n%s", diff)
 	}
 	compareInfo(t, instar, ours, c.format)
 
-	if c.format == "vmdk" && wantInfo.code == 0 && virtualSize(t, wantInfo.stdout) > 4*tib {
+	if c.format == "vmdk" && virtualSize(t, wantInfo.stdout) > 4*tib {
 		return true // qemu-img reads every grain directory entry's table: minutes
 	}
 	check := []string{"check", "-f", c.format, "image"}
@@ -224,7 +248,7 @@ func compareCreate(t *testing.T, instar, base string, c triple) bool {
 	if gotCheck != wantCheck {
 		t.Errorf("qemu-img check of our image: %+v, of its own: %+v", gotCheck, wantCheck)
 	}
-	if gotCheck.code != 0 && gotCheck.code != 63 && wantInfo.code == 0 {
+	if gotCheck.code != 0 && gotCheck.code != 63 {
 		t.Errorf("qemu-img check: %d %s%s", gotCheck.code, gotCheck.stdout, gotCheck.stderr)
 	}
 	return true
@@ -254,9 +278,6 @@ func compareInfo(t *testing.T, instar, dir, format string) {
 // host's file system.
 func facts(t *testing.T, text string) any {
 	t.Helper()
-	if text == "" { // qemu-img cannot open what it made (VMDK of size 0)
-		return nil
-	}
 	var v any
 	if err := json.Unmarshal([]byte(text), &v); err != nil {
 		t.Fatalf("%v in %s", err, text)

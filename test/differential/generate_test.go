@@ -169,8 +169,10 @@ func (c triple) largest() int64 {
 	switch {
 	case c.option("preallocation") == "full", c.option("preallocation") == "falloc":
 		return 4*mib + 1
+	case c.option("preallocation") == "metadata" && strings.HasSuffix(c.option("cluster_size"), "12"):
+		return 16 * mib
 	case c.option("preallocation") == "metadata":
-		return 512 * mib
+		return 256 * mib
 	case strings.HasPrefix(c.option("subformat"), "twoGb"):
 		return 7*gib + 512
 	case c.format == "vhdx" && c.option("subformat") == "fixed":
