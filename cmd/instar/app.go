@@ -17,6 +17,7 @@ import (
 	"github.com/instar-img/instar/internal/host/gate"
 	"github.com/instar-img/instar/internal/host/image"
 	"github.com/instar-img/instar/internal/host/launch"
+	"github.com/instar-img/instar/internal/host/remote"
 	"github.com/instar-img/instar/internal/host/session"
 )
 
@@ -146,6 +147,13 @@ func (a *app) openSource(ctx context.Context, f *sourceFlags, name string, opts 
 			opts.Format = p.Manifest.Name
 		}
 	}
+	if remote.IsURL(source.Path) {
+		file, err := remote.Fetch(ctx, source.Path, nil)
+		if err != nil {
+			return nil, err
+		}
+		return opener.OpenFile(ctx, source.Path, file, opts)
+	}
 	return opener.Open(ctx, source.Path, opts)
 }
 
@@ -193,6 +201,6 @@ func (a *app) rootCommand() *cobra.Command {
 	root.SetErr(a.err)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err.Error()} })
 	root.PersistentFlags().BoolVarP(&a.verbose, "verbose", "v", false, "say what is done beside the result, on standard error")
-	root.AddCommand(a.createCommand(), a.convertCommand(), a.infoCommand(), a.mapCommand(), a.checkCommand(), a.measureCommand(), a.pluginCommand())
+	root.AddCommand(a.createCommand(), a.convertCommand(), a.ddCommand(), a.infoCommand(), a.mapCommand(), a.checkCommand(), a.measureCommand(), a.pluginCommand())
 	return root
 }

@@ -25,14 +25,15 @@ func (a *app) completeFormats(cmd *cobra.Command, flags ...string) {
 	}
 }
 
-// completeOptions completes the keys and values of -o from the format's schema.
-func (a *app) completeOptions(cmd *cobra.Command) {
+// completeOptions completes the keys and values of -o from the schema of the
+// format that a flag names.
+func (a *app) completeOptions(cmd *cobra.Command, formatFlag string) {
 	must(cmd.RegisterFlagCompletionFunc("options", func(cmd *cobra.Command, _ []string, typed string) ([]string, cobra.ShellCompDirective) {
 		s, err := a.session()
 		if err != nil {
 			return nil, cobra.ShellCompDirectiveError
 		}
-		name, err := cmd.Flags().GetString("format")
+		name, err := cmd.Flags().GetString(formatFlag)
 		if err != nil {
 			return nil, cobra.ShellCompDirectiveError
 		}

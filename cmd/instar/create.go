@@ -63,7 +63,7 @@ and -F. Without SIZE the backing file's size is used.`,
 	flags.StringVar(&f.output, "output", "human", "form of the result: human or json")
 	f.keys.register(flags)
 	a.completeFormats(cmd, "format", "backing-format")
-	a.completeOptions(cmd)
+	a.completeOptions(cmd, "format")
 	return cmd
 }
 

@@ -13,7 +13,8 @@ import (
 type Target struct {
 	*Layer
 	Writer sdk.Writer
-	Write  sdk.WriteInfo
+	// Fresh: what is not written of the files reads as zeros.
+	Fresh bool
 	// Created says what was made, nil for an image that was there.
 	Created *Created
 
@@ -58,8 +59,8 @@ func (o *Opener) CreateTarget(ctx context.Context, req *CreateRequest, opts Targ
 	if err := layer.reopen(ctx, format, files, plan.Info()); err != nil {
 		return nil, err
 	}
-	t := &Target{Layer: layer, Created: made, set: set}
-	return t, t.begin(ctx, opts)
+	t := &Target{Layer: layer, Created: made, Fresh: set.Fresh(0), set: set}
+	return t, t.findWriter()
 }
 
 // reopen opens a new image in its plugin again, for writing. Its files have no
@@ -95,36 +96,31 @@ func (l *Layer) reopen(ctx context.Context, format sdk.Format, files []sdk.Named
 }
 
 // OpenTarget opens an existing image to be written in place (-n).
-func (o *Opener) OpenTarget(ctx context.Context, path string, open Options, opts TargetOptions) (*Target, error) {
+func (o *Opener) OpenTarget(ctx context.Context, path string, open Options) (*Target, error) {
 	open.ReadWrite = true
 	chain, err := o.Open(ctx, path, open)
 	if err != nil {
 		return nil, err
 	}
 	t := &Target{Layer: chain.Top()}
-	if err := t.begin(ctx, opts); err != nil {
+	if err := t.findWriter(); err != nil {
 		chain.Close()
 		return nil, err
 	}
 	return t, nil
 }
 
-// begin starts the writing.
-func (t *Target) begin(ctx context.Context, opts TargetOptions) (err error) {
+func (t *Target) findWriter() error {
 	w, ok := sdk.As[sdk.Writer](t.Image)
 	if !ok {
 		return fmt.Errorf("plugin %s cannot write data into this image: %w", t.Format(), sdk.ErrUnsupported)
 	}
 	t.Writer = w
-	t.Write, err = w.BeginWrite(ctx, sdk.WriteRequest{Compressed: opts.Compressed, Reproducible: opts.Reproducible})
-	return err
+	return nil
 }
 
-// Commit finishes the image and gives it its name.
+// Commit gives an image that has been written its name.
 func (t *Target) Commit(ctx context.Context) error {
-	if err := t.Writer.Finish(ctx); err != nil {
-		return err
-	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}

@@ -3,10 +3,15 @@
 package platform
 
 import (
+	"archive/tar"
 	_ "embed" // the rules
 	"encoding/json"
 	"fmt"
+	"io"
 	"strings"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
 )
 
 //go:embed platforms.json
@@ -68,4 +73,28 @@ func (p *Platform) RoundSize(size int64) (int64, error) {
 		return 0, fmt.Errorf("virtual size %d cannot be rounded up to a multiple of %d", size, p.SizeMultiple)
 	}
 	return rounded, nil
+}
+
+// Archive writes the container that the platform asks for, with one member of
+// size bytes that content writes. date is in seconds since the Unix epoch.
+func (p *Platform) Archive(w io.Writer, size, date int64, content func(io.Writer) error) error {
+	if p.Wrap != "tar.gz" {
+		return fmt.Errorf("platform %s: unknown container %q", p.Name, p.Wrap)
+	}
+	z := gzip.NewWriter(w)
+	t := tar.NewWriter(z)
+	header := &tar.Header{Typeflag: tar.TypeReg, Name: p.Member, Size: size, Mode: 0o644, Format: tar.FormatGNU}
+	if date > 0 {
+		header.ModTime = time.Unix(date, 0)
+	}
+	if err := t.WriteHeader(header); err != nil {
+		return err
+	}
+	if err := content(t); err != nil {
+		return err
+	}
+	if err := t.Close(); err != nil {
+		return err
+	}
+	return z.Close()
 }

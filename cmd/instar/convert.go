@@ -1,0 +1,534 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/instar-img/instar/internal/host/copier"
+	"github.com/instar-img/instar/internal/host/errno"
+	"github.com/instar-img/instar/internal/host/image"
+	outfile "github.com/instar-img/instar/internal/host/output"
+	"github.com/instar-img/instar/internal/host/platform"
+	"github.com/instar-img/instar/internal/host/remote"
+	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/option"
+)
+
+// convertFlags is convert's command line.
+type convertFlags struct {
+	source        sourceFlags
+	target        string
+	backing       string
+	backingFormat string
+	options       []string
+	keys          keyFlags
+	compress      bool
+	progress      bool
+	progressForm  string
+	quiet         bool
+	inPlace       bool
+	snapshot      string
+	sparse        string
+	cache         string
+	sourceCache   string
+	workers       int
+	workersSet    bool
+	outOfOrder    bool
+	offload       bool
+	rate          string
+	salvage       bool
+	targetIsZero  bool
+	targetOpts    bool
+	bitmaps       bool
+	skipBroken    bool
+	objects       []string
+	digest        string
+	reproducible  bool
+	platform      string
+	size          string
+}
+
+func (a *app) convertCommand() *cobra.Command {
+	var f convertFlags
+	cmd := &cobra.Command{
+		Use:   "convert [-f FMT] [-O FMT] [-o KEY=VAL,...]... [-B BACKING -F FMT] [-c] [-p] [-n] FILENAME... OUTPUT",
+		Short: "Copy disk images into another format",
+		Long: `Copy disk images into another format. Several sources are joined.
+
+FILENAME may be a path, an http(s) URL whose server serves ranges, or - for
+standard input (with --source-size where it is a pipe). OUTPUT may be - for raw
+data on standard output. The output appears under its name when it is complete.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			f.workersSet = cmd.Flags().Changed("coroutines")
+			return a.convert(cmd.Context(), &f, args)
+		},
+	}
+	flags := cmd.Flags()
+	flags.SortFlags = false
+	f.source.register(flags)
+	flags.StringVarP(&f.target, "target-format", "O", "", "format of the output")
+	flags.StringVarP(&f.backing, "target-backing", "B", "", "backing file of the output, which then holds what differs from it")
+	flags.StringVarP(&f.backingFormat, "backing-format", "F", "", "format of the backing file")
+	flags.StringArrayVarP(&f.options, "options", "o", nil, "format options KEY=VALUE,... (help lists them)")
+	flags.BoolVarP(&f.compress, "compress", "c", false, "compress the output")
+	flags.BoolVarP(&f.progress, "progress-lines", "p", false, "show progress")
+	flags.StringVar(&f.progressForm, "progress", "", "json: a line a second of what is done")
+	flags.BoolVarP(&f.quiet, "quiet", "q", false, "print errors alone")
+	flags.BoolVarP(&f.inPlace, "no-create", "n", false, "write into an output that exists")
+	flags.StringVarP(&f.snapshot, "snapshot", "l", "", "internal snapshot of the source: id, name, or snapshot.id=ID,snapshot.name=NAME")
+	flags.StringVarP(&f.sparse, "sparse-size", "S", "4k", "runs of zeros of this size are not stored; 0: all is stored")
+	flags.StringVarP(&f.cache, "cache", "t", "unsafe", "cache mode of the output: none, directsync, writeback, writethrough, unsafe")
+	flags.StringVarP(&f.sourceCache, "source-cache", "T", "writeback", "cache mode of the sources")
+	flags.IntVarP(&f.workers, "coroutines", "m", 8, "parts copied side by side, 1 to 16")
+	flags.BoolVarP(&f.outOfOrder, "out-of-order", "W", false, "parts may be written in any order")
+	flags.BoolVarP(&f.offload, "offload", "C", false, "have the file system copy, whatever the data is")
+	flags.StringVarP(&f.rate, "rate-limit", "r", "", "bytes a second to write at most")
+	flags.BoolVar(&f.salvage, "salvage", false, "go on after read errors, with zeros")
+	flags.BoolVar(&f.targetIsZero, "target-is-zero", false, "with -n: the output reads as zeros already")
+	flags.BoolVar(&f.targetOpts, "target-image-opts", false, "OUTPUT is driver=FMT,file.filename=PATH,... (with -n)")
+	flags.BoolVar(&f.bitmaps, "bitmaps", false, "copy persistent bitmaps")
+	flags.BoolVar(&f.skipBroken, "skip-broken-bitmaps", false, "with --bitmaps: leave out bitmaps that are inconsistent")
+	flags.StringArrayVar(&f.objects, "object", nil, "accepted for qemu-img's sake: objects serve encryption, which is deferred")
+	flags.StringVar(&f.digest, "digest", "", "sha256: print the digest of the guest's content")
+	flags.BoolVar(&f.reproducible, "reproducible", false, "make the output depend on the input alone (SOURCE_DATE_EPOCH sets its date)")
+	flags.StringVar(&f.platform, "for", "", "format and options for a platform: azure, gce, aws, esxi, hyperv")
+	flags.StringVar(&f.size, "source-size", "", "bytes that standard input will bring")
+	f.keys.register(flags)
+	a.completeFormats(cmd, "format", "target-format", "backing-format")
+	a.completeOptions(cmd, "target-format")
+	return cmd
+}
+
+// cacheModes are those that qemu-img knows.
+var cacheModes = []string{"none", "off", "directsync", "writeback", "writethrough", "unsafe"}
+
+// check checks the flags against each other, as qemu-img does, and returns the
+// copier's options.
+func (f *convertFlags) check(args []string) (copier.Options, error) {
+	var o copier.Options
+	if len(args) < 2 {
+		return o, usagef("Must specify image file name")
+	}
+	for _, obj := range f.objects {
+		if err := checkObject(obj); err != nil {
+			return o, err
+		}
+	}
+	for _, mode := range []string{f.cache, f.sourceCache} {
+		if !contains(cacheModes, mode) {
+			return o, fmt.Errorf("Invalid cache option: %s", mode)
+		}
+	}
+	sparse, err := option.ParseSize(f.sparse)
+	if err != nil || sparse%512 != 0 || sparse > 16<<20 {
+		return o, errors.New("Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to 16777216. Select 0 to disable sparse detection (fully allocates output).")
+	}
+	switch {
+	case f.workers < 1 || f.workers > 16:
+		return o, errors.New("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16")
+	case f.targetIsZero && !f.inPlace:
+		return o, errors.New("--target-is-zero requires use of -n flag")
+	case f.targetOpts && !f.inPlace:
+		return o, errors.New("--target-image-opts requires use of -n flag")
+	case f.skipBroken && !f.bitmaps:
+		return o, errors.New("Use of --skip-broken-bitmaps requires --bitmaps")
+	case f.offload && f.compress:
+		return o, errors.New("Cannot enable copy offloading when -c is used")
+	case f.backing != "" && f.inPlace:
+		return o, errors.New("Cannot use -B with -n")
+	case f.backing != "" && f.backingFormat == "":
+		return o, errors.New("Use of backing file requires explicit backing format")
+	case f.backing != "" && len(args) > 2:
+		return o, errors.New("Having a backing file for the target makes no sense when concatenating multiple input images")
+	case f.snapshot != "" && len(args) > 2:
+		return o, errors.New("No support for concatenating multiple snapshot")
+	case f.digest != "" && f.digest != "sha256":
+		return o, usagef("--digest %s: sha256 is accepted", f.digest)
+	}
+	if f.rate != "" {
+		rate, err := option.ParseSize(f.rate)
+		if err != nil {
+			return o, errors.New("Invalid rate limit specified. You may use k, M, G, T, P or E suffixes for\nkilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.")
+		}
+		o.Rate = int64(rate)
+	}
+	o.Compressed, o.Sparse, o.Reproducible, o.TargetIsZero = f.compress, int64(sparse), f.reproducible, f.targetIsZero
+	if f.workersSet {
+		o.Workers = f.workers
+	}
+	return o, nil
+}
+
+func contains(list []string, s string) bool {
+	for _, x := range list {
+		if x == s {
+			return true
+		}
+	}
+	return false
+}
+
+// standardStream is the name that stands for standard input or output.
+const standardStream = "-"
+
+// convert is the verb.
+func (a *app) convert(ctx context.Context, f *convertFlags, args []string) error {
+	fromO, help, err := splitOptions(f.options)
+	if err != nil {
+		return err
+	}
+	if help {
+		return a.targetHelp(ctx, f.target)
+	}
+	opts, err := f.check(args)
+	if err != nil {
+		return err
+	}
+	var to *platform.Platform
+	if f.platform != "" {
+		if to, err = platform.ByName(f.platform); err != nil {
+			return err
+		}
+		if f.target != "" {
+			return usagef("--for chooses the format: -O has no place beside it")
+		}
+		f.target = to.Format
+	}
+	source, closeSource, err := a.openSources(ctx, f, args[:len(args)-1])
+	if err != nil {
+		return err
+	}
+	defer closeSource()
+	output := args[len(args)-1]
+	var out io.Writer = a.out
+	if output == standardStream {
+		out = a.err
+	}
+	meter, err := a.newMeter(ctx, out, f.progress && !f.quiet, f.progressForm, "convert "+output)
+	if err != nil {
+		return err
+	}
+	opts.Progress = meter.Set
+	if f.salvage {
+		opts.Salvage = func(off, length int64, err error) {
+			a.warn(fmt.Sprintf("error while reading %d bytes at byte %d: %v; zeros are stored", length, off, errno.Text(err)))
+		}
+	}
+	digest := a.startDigest(ctx, f.digest, source)
+	switch {
+	case output == standardStream:
+		err = a.convertToStream(ctx, f, source, a.out, opts)
+	case to != nil && to.Wrap != "":
+		err = a.convertWrapped(ctx, to, source, output, opts)
+	case f.inPlace:
+		err = a.convertInPlace(ctx, f, source, output, opts)
+	default:
+		err = a.convertToFile(ctx, f, to, source, output, fromO, opts)
+	}
+	meter.Close()
+	if err != nil {
+		return err
+	}
+	return digest(out)
+}
+
+// targetHelp lists the options of a target format.
+func (a *app) targetHelp(ctx context.Context, name string) error {
+	s, err := a.session()
+	if err != nil {
+		return err
+	}
+	p, err := a.formatOrFallback(s, name, "")
+	if err != nil {
+		return err
+	}
+	format, err := s.Format(ctx, p)
+	if err != nil {
+		return err
+	}
+	fmt.Fprint(a.out, option.Help(fmt.Sprintf("Supported %s options:", p.Manifest.Name), format.Describe().Create))
+	return nil
+}
+
+// openSources opens the sources and joins them.
+func (a *app) openSources(ctx context.Context, f *convertFlags, names []string) (*copier.Source, func(), error) {
+	var chains []*image.Chain
+	closeAll := func() {
+		for _, c := range chains {
+			c.Close()
+		}
+	}
+	var sources []*copier.Source
+	for _, name := range names {
+		chain, err := a.openConvertSource(ctx, f, name)
+		if err != nil {
+			closeAll()
+			return nil, nil, err
+		}
+		chains = append(chains, chain)
+		sources = append(sources, copier.FromChain(chain))
+	}
+	return copier.Concat(sources...), closeAll, nil
+}
+
+// openConvertSource opens one source: a path, a URL or standard input.
+func (a *app) openConvertSource(ctx context.Context, f *convertFlags, name string) (*image.Chain, error) {
+	opts := image.Options{Backing: true, Snapshot: snapshotName(f.snapshot)}
+	if name != standardStream || f.source.imageOpts {
+		return a.openSource(ctx, &f.source, name, opts)
+	}
+	file := os.Stdin
+	if fi, err := file.Stat(); err != nil {
+		return nil, err
+	} else if !fi.Mode().IsRegular() {
+		if f.size == "" {
+			return nil, errors.New("standard input is not a file: --source-size must say how many bytes it will bring")
+		}
+		size, err := parseOffset("source size", f.size)
+		if err != nil {
+			return nil, err
+		}
+		if file, err = remote.Spool(ctx, os.Stdin, "standard input", size); err != nil {
+			return nil, err
+		}
+	}
+	opener, err := a.opener()
+	if err != nil {
+		return nil, err
+	}
+	opts.Format = f.source.format
+	if opts.Format == "" {
+		// What comes through a pipe is taken for what it is, not for what it
+		// looks like.
+		p, err := a.formatOrFallback(opener.Session, "", "")
+		if err != nil {
+			return nil, err
+		}
+		opts.Format = p.Manifest.Name
+	}
+	return opener.OpenFile(ctx, "standard input", file, opts)
+}
+
+// convertToFile makes a new image.
+func (a *app) convertToFile(ctx context.Context, f *convertFlags, to *platform.Platform, source *copier.Source, output string, fromO []option.Setting, opts copier.Options) error {
+	opener, err := a.opener()
+	if err != nil {
+		return err
+	}
+	plugin, err := a.formatOrFallback(opener.Session, f.target, "")
+	if err != nil {
+		return err
+	}
+	format, err := opener.Session.Format(ctx, plugin)
+	if err != nil {
+		return err
+	}
+	schema := format.Describe().Create
+	settings := append([]option.Setting(nil), f.keys.settings...)
+	if to != nil {
+		given, _, err := option.Split(to.Options)
+		if err != nil {
+			return err
+		}
+		settings = append(settings, given...)
+		size, err := to.RoundSize(source.Size)
+		if err != nil {
+			return err
+		}
+		source = copier.Pad(source, size)
+	}
+	for _, x := range []struct{ key, value string }{{keyBackingFile, f.backing}, {keyBackingFormat, f.backingFormat}} {
+		if x.value == "" {
+			continue
+		}
+		if _, ok := schema.Find(x.key); !ok {
+			return fmt.Errorf("Backing file not supported for file format '%s'", plugin.Manifest.Name)
+		}
+		settings = append(settings, option.Setting{Key: x.key, Value: x.value})
+	}
+	req := &image.CreateRequest{Path: output, Plugin: plugin, Size: source.Size, Log: func(line string) { a.logf("%s", line) }}
+	if req.Values, err = schema.Validate(plugin.Manifest.Name, append(settings, fromO...)); err != nil {
+		return fmt.Errorf("%s: %w", output, err)
+	}
+	if f.compress {
+		if pre := req.Values.StringOr("preallocation", "off"); pre != "off" {
+			return errors.New("Compression and preallocation not supported at the same time")
+		}
+	}
+	req.Values = schema.WithSize(req.Values, keySize, uint64(source.Size))
+	target := image.TargetOptions{Compressed: f.compress, Reproducible: f.reproducible}
+	if target.Time, err = epoch(); err != nil {
+		return err
+	}
+	closeBase, err := openBase(ctx, opener, req, &opts)
+	if err != nil {
+		return fmt.Errorf("%s: %w", output, err)
+	}
+	defer closeBase()
+	t, err := opener.CreateTarget(ctx, req, target)
+	if err != nil {
+		return fmt.Errorf("%s: error while converting %s: %w", output, plugin.Manifest.Name, err)
+	}
+	return a.copyInto(ctx, source, t, opts)
+}
+
+// openBase opens the backing file that the output shall have, as what it need
+// not hold itself.
+func openBase(ctx context.Context, opener *image.Opener, req *image.CreateRequest, opts *copier.Options) (func(), error) {
+	req.BackingName = req.Values.StringOr(keyBackingFile, "")
+	if req.BackingName == "" {
+		return func() {}, nil
+	}
+	chain, err := opener.OpenBackingChain(ctx, req.Path, req.BackingName, req.Values.StringOr(keyBackingFormat, ""))
+	if err != nil {
+		return nil, fmt.Errorf("%w\nCould not open backing image.", err)
+	}
+	top := chain.Top()
+	req.Backing = &sdk.BackingInfo{
+		Format: top.Format(), VirtualSize: top.Info.VirtualSize,
+		Identity: top.Info.Identity, Specific: top.Info.Specific,
+	}
+	opts.Base = copier.FromChain(chain)
+	return chain.Close, nil
+}
+
+// convertInPlace writes into an image that exists.
+func (a *app) convertInPlace(ctx context.Context, f *convertFlags, source *copier.Source, output string, opts copier.Options) error {
+	opener, err := a.opener()
+	if err != nil {
+		return err
+	}
+	open := image.Options{Format: f.target}
+	if f.targetOpts {
+		named, err := image.ParseImageOptions(output)
+		if err != nil {
+			return err
+		}
+		output, open.Format = named.Path, named.Format
+	}
+	if open.Format == "" {
+		p, err := a.formatOrFallback(opener.Session, "", "")
+		if err != nil {
+			return err
+		}
+		open.Format = p.Manifest.Name
+	}
+	t, err := opener.OpenTarget(ctx, output, open)
+	if err != nil {
+		return err
+	}
+	if t.Info.VirtualSize < source.Size {
+		t.Close()
+		return errors.New("output file is smaller than input file")
+	}
+	return a.copyInto(ctx, source, t, opts)
+}
+
+// copyInto copies and commits.
+func (a *app) copyInto(ctx context.Context, source *copier.Source, t *image.Target, opts copier.Options) error {
+	defer t.Close()
+	files := make([]*os.File, len(t.Files))
+	for i := range t.Files {
+		files[i] = t.Files[i].File
+	}
+	stats, err := copier.Copy(ctx, source, &copier.Target{Writer: t.Writer, Files: files, Size: t.Info.VirtualSize, Fresh: t.Fresh}, opts)
+	if err != nil {
+		return err
+	}
+	a.logf("%d bytes copied, %d shared with the source, %d encoded", stats.Written, stats.Cloned, stats.Encoded)
+	return t.Commit(ctx)
+}
+
+// convertToStream writes raw data in order.
+func (a *app) convertToStream(ctx context.Context, f *convertFlags, source *copier.Source, w io.Writer, opts copier.Options) error {
+	opener, err := a.opener()
+	if err != nil {
+		return err
+	}
+	plugin, err := a.formatOrFallback(opener.Session, f.target, "")
+	if err != nil {
+		return err
+	}
+	if plugin != opener.Session.Plugins.Fallback() || f.compress || f.inPlace || f.backing != "" {
+		return fmt.Errorf("only plain %s data can be written to standard output", opener.Session.Plugins.Fallback().Manifest.Name)
+	}
+	return copier.Stream(ctx, source, w, opts)
+}
+
+// convertWrapped writes raw data into the archive that a platform asks for.
+func (a *app) convertWrapped(ctx context.Context, to *platform.Platform, source *copier.Source, output string, opts copier.Options) error {
+	size, err := to.RoundSize(source.Size)
+	if err != nil {
+		return err
+	}
+	source = copier.Pad(source, size)
+	date, err := epoch()
+	if err != nil {
+		return err
+	}
+	set, err := outfile.Begin(output, outfile.Options{Log: func(line string) { a.logf("%s", line) }})
+	if err != nil {
+		return err
+	}
+	defer set.Abort()
+	err = to.Archive(set.Main(), size, date, func(w io.Writer) error { return copier.Stream(ctx, source, w, opts) })
+	if err != nil {
+		return err
+	}
+	return set.Commit()
+}
+
+// startDigest begins to compute a digest of the source's content; what it
+// returns waits for it and prints it.
+func (a *app) startDigest(ctx context.Context, name string, source *copier.Source) func(io.Writer) error {
+	if name == "" {
+		return func(io.Writer) error { return nil }
+	}
+	h := sha256.New()
+	done := make(chan error, 1)
+	go func() { done <- copier.Stream(ctx, source, h, copier.Options{}) }()
+	return func(w io.Writer) error {
+		if err := <-done; err != nil {
+			return fmt.Errorf("digest: %w", err)
+		}
+		_, err := fmt.Fprintf(w, "%s: %x\n", name, h.Sum(nil))
+		return err
+	}
+}
+
+// snapshotName returns what -l names: the text itself, or the id or name in
+// snapshot.id=ID,snapshot.name=NAME.
+func snapshotName(s string) string {
+	if !strings.HasPrefix(s, "snapshot.") {
+		return s
+	}
+	for _, item := range strings.Split(s, ",") {
+		for _, key := range []string{"snapshot.id=", "snapshot.name="} {
+			if v, ok := strings.CutPrefix(item, key); ok && v != "" {
+				return v
+			}
+		}
+	}
+	return s
+}
+
+// epoch returns the time that a reproducible output bears.
+func epoch() (int64, error) {
+	s := os.Getenv("SOURCE_DATE_EPOCH")
+	if s == "" {
+		return 0, nil
+	}
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || n < 0 {
+		return 0, fmt.Errorf("SOURCE_DATE_EPOCH=%s: a number of seconds is accepted", s)
+	}
+	return n, nil
+}

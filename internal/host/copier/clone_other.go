@@ -1,0 +1,10 @@
+//go:build unix && !linux
+
+package copier
+
+import (
+	"errors"
+	"os"
+)
+
+func cloneRange(*os.File, int64, *os.File, int64, int64) error { return errors.ErrUnsupported }

@@ -1,0 +1,32 @@
+package image
+
+import (
+	"context"
+	"os"
+
+	"github.com/instar-img/instar/internal/host/gate"
+)
+
+// OpenBackingChain is OpenBacking with the backing files of the backing file.
+func (o *Opener) OpenBackingChain(ctx context.Context, path, name, format string) (*Chain, error) {
+	return o.Open(ctx, gate.Resolve(path, name), Options{Format: format, Backing: true})
+}
+
+// OpenFile opens an image whose main file is open already, and takes it over.
+// name stands for it in messages.
+func (o *Opener) OpenFile(ctx context.Context, name string, file *os.File, opts Options) (*Chain, error) {
+	opts.Name = name
+	walk := o.Gate.NewWalk()
+	layer, err := o.openLayer(ctx, walk, name, file, opts)
+	if err != nil {
+		return nil, err
+	}
+	chain := &Chain{Layers: []*Layer{layer}}
+	if opts.Backing {
+		if err := o.openBackings(ctx, walk, chain, opts); err != nil {
+			chain.Close()
+			return nil, err
+		}
+	}
+	return chain, nil
+}
