@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -31,18 +32,19 @@ type checkFlags struct {
 func (a *app) checkCommand() *cobra.Command {
 	var f checkFlags
 	cmd := &cobra.Command{
-		Use:   "check [-f FMT] [--output human|json] [-r leaks|all] [-p] [-q] [-U] FILENAME...",
+		Use:   "check [-f FMT] [--output human|json|ndjson] [-r leaks|all] [-p] [-q] [-U] FILENAME...",
 		Short: "Check the consistency of disk images, and repair them",
 		Long: `Check the consistency of disk images, and with -r repair them.
 
 Exit codes: 0 nothing wrong; 1 the check could not be completed; 2 corrupt;
-3 leaked clusters, not corrupt; 63 the format cannot be checked.`,
+3 leaked clusters, not corrupt; 63 the format cannot be checked. Of many images
+the highest.`,
 		RunE: func(cmd *cobra.Command, args []string) error { return a.check(cmd.Context(), &f, args) },
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	f.source.register(flags)
-	flags.StringVar(&f.output, "output", "human", "form of the result: human or json")
+	flags.StringVar(&f.output, "output", "human", "form of the result: human, json, or ndjson (a line for each image)")
 	flags.StringVarP(&f.repair, "repair", "r", "", "repair: leaks, or all (leaks and corruptions)")
 	flags.BoolVarP(&f.progress, "progress", "p", false, "show progress")
 	flags.BoolVarP(&f.quiet, "quiet", "q", false, "print errors alone")
@@ -50,74 +52,153 @@ Exit codes: 0 nothing wrong; 1 the check could not be completed; 2 corrupt;
 	return cmd
 }
 
+// parseFix parses -r.
+func parseFix(s string) (sdk.Fix, error) {
+	switch s {
+	case "":
+		return sdk.FixNone, nil
+	case "leaks":
+		return sdk.FixLeaks, nil
+	case "all":
+		return sdk.FixAll, nil
+	}
+	return sdk.FixNone, usagef("Unknown option value for -r (expecting 'leaks' or 'all'): %s", s)
+}
+
+// checked is the outcome for one image.
+type checked struct {
+	name     string
+	format   string
+	repaired *sdk.CheckResult // what the first of two checks repaired
+	result   *sdk.CheckResult // nil: the format cannot be checked
+	messages messages         // of many images
+}
+
 // check is the verb.
 func (a *app) check(ctx context.Context, f *checkFlags, args []string) error {
-	if err := checkOutput(f.output); err != nil {
-		return err
-	}
-	fix := sdk.FixNone
-	switch f.repair {
-	case "":
-	case "leaks":
-		fix = sdk.FixLeaks
-	case "all":
-		fix = sdk.FixAll
-	default:
-		return usagef("--repair (-r) expects 'leaks' or 'all' as argument.")
-	}
-	if len(args) != 1 {
-		return usagef("Expecting one image file name")
-	}
-	chain, err := a.openSource(ctx, &f.source, args[0], image.Options{Check: true, ReadWrite: fix != sdk.FixNone})
+	out, err := a.checkResults(f.output, len(args))
 	if err != nil {
 		return err
 	}
-	defer chain.Close()
-	layer := chain.Top()
-	checker, ok := sdk.As[sdk.Checker](layer.Image)
-	if !ok {
-		fmt.Fprintf(a.err, "%s: This image format does not support checks\n", a.name)
-		return checkUnsupported
+	fix, err := parseFix(f.repair)
+	if err != nil {
+		return err
+	}
+	if len(args) == 0 {
+		return usagef("Expecting one image file name")
 	}
 	var progress *render.Progress
 	if f.progress && !f.quiet {
 		progress = render.NewProgress(a.out, 1)
 	}
-	result, err := a.runCheck(ctx, checker, f, fix, progress)
+	all := parts{part: make([]float64, len(args)), set: progress.Set}
+	work := func(ctx context.Context, i int, name string) (*checked, error) {
+		return a.checkOne(ctx, f, fix, name, out.many, all.of(i))
+	}
+	emit := func(c *checked) error {
+		a.err.Write(c.messages.buf.Bytes())
+		if c.result == nil || f.quiet {
+			return nil
+		}
+		out.add(c.name, render.RepairedText(c.repaired)+render.CheckText(c.result), render.CheckObject(c.name, c.format, c.result))
+		return nil
+	}
+	if !out.many {
+		c, err := work(ctx, 0, args[0])
+		progress.Close()
+		if c == nil {
+			return err
+		}
+		return errors.Join(emit(c), err)
+	}
+	// Results come after the progress: nothing is printed into its line.
+	var done []*checked
+	err = each(ctx, a, args, work, func(c *checked) error {
+		if progress == nil {
+			return emit(c)
+		}
+		done = append(done, c)
+		return nil
+	})
 	progress.Close()
-	if err != nil {
-		return fmt.Errorf("Check failed: %w", err)
+	for _, c := range done {
+		err = errors.Join(err, emit(c))
 	}
-	switch {
-	case f.output == "json":
-		fmt.Fprintf(a.out, "%s", render.CheckJSON(args[0], layer.Format(), result))
-	case !f.quiet:
-		fmt.Fprint(a.out, render.CheckText(result))
+	if !f.quiet {
+		out.close()
 	}
-	return checkCode(result)
+	return err
 }
 
-// runCheck checks, and checks again what was repaired.
-func (a *app) runCheck(ctx context.Context, checker sdk.Checker, f *checkFlags, fix sdk.Fix, progress *render.Progress) (*sdk.CheckResult, error) {
-	req := sdk.CheckRequest{
-		Fix:      fix,
-		Message:  func(line string) { fmt.Fprintln(a.err, render.Escape(line)) },
-		Progress: func(part float64) { progress.Set(part) },
-	}
-	result, err := checker.Check(ctx, req)
-	if err != nil || (result.LeaksFixed == 0 && result.CorruptionsFixed == 0) {
-		return result, err
-	}
-	if f.output == "human" && !f.quiet {
-		fmt.Fprint(a.out, render.RepairedText(result))
-	}
-	req.Fix = sdk.FixNone
-	again, err := checker.Check(ctx, req)
+// checkOne checks an image. An exitCode as the error comes with the outcome.
+func (a *app) checkOne(ctx context.Context, f *checkFlags, fix sdk.Fix, name string, many bool, progress func(float64)) (*checked, error) {
+	chain, err := a.openSource(ctx, &f.source, name, image.Options{Check: true, ReadWrite: fix != sdk.FixNone})
 	if err != nil {
 		return nil, err
 	}
-	again.LeaksFixed, again.CorruptionsFixed = result.LeaksFixed, result.CorruptionsFixed
-	return again, nil
+	defer closeChain(chain, many)
+	layer := chain.Top()
+	c := &checked{name: name, format: layer.Format()}
+	say := func(line string) { fmt.Fprintln(a.err, render.Escape(line)) }
+	if many {
+		say = func(line string) { c.messages.add(a.shown(name) + ": " + render.Escape(line)) }
+	}
+	checker, ok := sdk.As[sdk.Checker](layer.Image)
+	if !ok || fix != sdk.FixNone && !layer.Plugin.Manifest.Has(sdk.CapRepair) {
+		return c, c.unsupported(a, many, say)
+	}
+	if err := c.run(ctx, checker, sdk.CheckRequest{Fix: fix, Message: say, Progress: progress}); err != nil {
+		if errors.Is(err, sdk.ErrUnsupported) {
+			return c, c.unsupported(a, many, say)
+		}
+		return nil, named(many, name, fmt.Errorf("Check failed: %w", err))
+	}
+	if c.result.CheckErrors != 0 {
+		if many {
+			say("Check failed")
+		} else {
+			c.messages.add(a.name + ": Check failed")
+		}
+	}
+	return c, checkCode(c.result)
+}
+
+// unsupported reports that the format cannot be checked, or repaired.
+func (c *checked) unsupported(a *app, many bool, say func(string)) error {
+	const text = "This image format does not support checks"
+	if many {
+		say(text)
+	} else {
+		say(a.name + ": " + text)
+	}
+	c.result = nil
+	return checkUnsupported
+}
+
+// named puts an image's name before an error where there are many images.
+func named(many bool, name string, err error) error {
+	if !many {
+		return err
+	}
+	return fmt.Errorf("%s: %w", name, err)
+}
+
+// run checks, and checks again what was repaired.
+func (c *checked) run(ctx context.Context, checker sdk.Checker, req sdk.CheckRequest) error {
+	var err error
+	if c.result, err = checker.Check(ctx, req); err != nil {
+		return err
+	}
+	if c.result.LeaksFixed == 0 && c.result.CorruptionsFixed == 0 {
+		return nil
+	}
+	c.repaired = c.result
+	req.Fix = sdk.FixNone
+	if c.result, err = checker.Check(ctx, req); err != nil {
+		return err
+	}
+	c.result.LeaksFixed, c.result.CorruptionsFixed = c.repaired.LeaksFixed, c.repaired.CorruptionsFixed
+	return nil
 }
 
 // checkCode returns the exit code for a result, nil for 0.

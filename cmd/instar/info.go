@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"os"
 	"strings"
 
@@ -99,18 +98,11 @@ func (a *app) style(version string) (render.Style, error) {
 	return style, nil
 }
 
-// checkOutput checks --output.
-func checkOutput(output string) error {
-	if output != "human" && output != "json" {
-		return usagef("--output must be used with human or json as argument.")
-	}
-	return nil
-}
-
 // info is the verb.
 func (a *app) info(ctx context.Context, f *infoFlags, args []string) error {
-	if f.output != "human" && f.output != "json" && f.output != "ndjson" {
-		return usagef("--output must be used with human, json or ndjson as argument.")
+	out, err := a.checkResults(f.output, len(args))
+	if err != nil {
+		return err
 	}
 	if len(args) == 0 {
 		return usagef("Expecting one image file name")
@@ -119,66 +111,59 @@ func (a *app) info(ctx context.Context, f *infoFlags, args []string) error {
 	if err != nil {
 		return err
 	}
-	work := func(ctx context.Context, name string) ([]render.Image, error) { return a.describeChain(ctx, f, name) }
-	if len(args) == 1 && f.output != "ndjson" {
-		images, err := work(ctx, args[0])
-		if err != nil {
-			return err
-		}
-		switch {
-		case f.output == "human":
-			fmt.Fprint(a.out, render.InfoText(images, style))
-		case f.chain:
-			fmt.Fprintf(a.out, "%s", render.InfoArrayJSON(images, style))
-		default:
-			fmt.Fprintf(a.out, "%s", render.InfoJSON(images[0], style))
-		}
-		return nil
+	work := func(ctx context.Context, _ int, name string) ([]render.Image, error) {
+		return a.describeChain(ctx, f, name, out.many)
 	}
-	// Of many images, each is an element: with --backing-chain an array itself.
-	var objects []any
-	printed := false
-	err = each(ctx, a, args, work, func(images []render.Image) error {
-		var element any = images[0].Object(style)
+	emit := func(images []render.Image) error {
+		if f.output == "human" {
+			out.add("", render.InfoText(images, style), nil)
+			return nil
+		}
+		// With --backing-chain an image is an array itself.
+		var object any = images[0].Object(style)
 		if f.chain {
 			chain := make([]any, len(images))
 			for i := range images {
 				chain[i] = images[i].Object(style)
 			}
-			element = chain
+			object = chain
 		}
-		switch f.output {
-		case "human":
-			if printed {
-				fmt.Fprintln(a.out)
-			}
-			printed = true
-			fmt.Fprint(a.out, render.InfoText(images, style))
-		case "ndjson":
-			fmt.Fprintf(a.out, "%s", render.Line(element))
-		default:
-			objects = append(objects, element)
-		}
+		out.add("", "", object)
 		return nil
-	})
-	if f.output == "json" {
-		fmt.Fprintf(a.out, "%s", render.Pretty(objects))
 	}
+	if !out.many {
+		images, err := work(ctx, 0, args[0])
+		if err != nil {
+			return err
+		}
+		return emit(images)
+	}
+	err = each(ctx, a, args, work, emit)
+	out.close()
 	return err
 }
 
 // describeChain opens one image and collects what info shows of it.
-func (a *app) describeChain(ctx context.Context, f *infoFlags, name string) ([]render.Image, error) {
-	chain, err := a.openSource(ctx, &f.source, name, image.Options{Backing: f.chain})
+func (a *app) describeChain(ctx context.Context, f *infoFlags, name string, release bool) ([]render.Image, error) {
+	chain, err := a.openSource(ctx, &f.source, name, image.Options{Backing: f.chain, Describe: true})
 	if err != nil {
 		return nil, err
 	}
-	defer chain.Release()
+	defer closeChain(chain, release)
 	images := make([]render.Image, len(chain.Layers))
 	for i, layer := range chain.Layers {
 		images[i] = describe(layer)
 	}
 	return images, nil
+}
+
+// closeChain closes a chain, in the plugins too where the run goes on.
+func closeChain(chain *image.Chain, release bool) {
+	if release {
+		chain.Release()
+		return
+	}
+	chain.Close()
 }
 
 // describe collects what info shows of a layer.
@@ -192,8 +177,13 @@ func describe(layer *image.Layer) render.Image {
 		m.Paths[file.Role] = file.Path
 		m.Children = append(m.Children, render.Child{
 			Name: childName(file.Role), Filename: file.Path, Protocol: file.Protocol(),
-			Length: file.Length(), ActualSize: file.AllocatedSize(),
+			Length: sectors(file.Length()), ActualSize: file.AllocatedSize(),
 		})
+	}
+	for _, ref := range layer.Info.References {
+		if _, open := m.Paths[ref.Role]; !open && ref.Kind != sdk.RefBacking {
+			m.Paths[ref.Role] = layer.FullName(ref)
+		}
 	}
 	if ref, ok := layer.Backing(); ok {
 		m.BackingFilename, m.BackingFormat = ref.Name, ref.Format
@@ -201,3 +191,6 @@ func describe(layer *image.Layer) render.Image {
 	}
 	return m
 }
+
+// sectors rounds a length up to whole sectors, in which QEMU counts.
+func sectors(n int64) int64 { return (n + 511) &^ 511 }

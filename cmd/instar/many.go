@@ -1,20 +1,26 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"sync"
+
+	"github.com/instar-img/instar/cmd/instar/internal/render"
 )
 
 // inFlight is how many images of one command are worked on at a time: the
-// cores, and as many again to wait for disks and plugins.
+// cores, and as many again to wait for disks and plugins. It bounds the files
+// that are open.
 func inFlight() int { return 2 * runtime.GOMAXPROCS(0) }
 
 // each works on names side by side and emits the results in the order of the
 // names. A name whose work fails is reported and the rest go on; the result is
-// then the highest exit code that any of them had.
-func each[T any](ctx context.Context, a *app, names []string, work func(context.Context, string) (T, error), emit func(T) error) error {
+// then the highest exit code that any of them had. Work that fails with an
+// exitCode has a result all the same.
+func each[T any](ctx context.Context, a *app, names []string, work func(context.Context, int, string) (T, error), emit func(T) error) error {
 	type outcome struct {
 		result T
 		err    error
@@ -36,7 +42,7 @@ func each[T any](ctx context.Context, a *app, names []string, work func(context.
 				return
 			}
 			wg.Go(func() {
-				r, err := work(ctx, name)
+				r, err := work(ctx, i, name)
 				results[i] <- outcome{r, err}
 			})
 		}
@@ -66,4 +72,98 @@ func each[T any](ctx context.Context, a *app, names []string, work func(context.
 		return exitCode(worst)
 	}
 	return nil
+}
+
+// results prints the results of one or many images: of one as qemu-img does,
+// of many each under its name, as an array, or as lines.
+type results struct {
+	app     *app
+	output  string
+	many    bool
+	objects []any
+	printed bool
+}
+
+// errOutput has qemu-img's words.
+var errOutput = errors.New("--output must be used with human or json as argument.")
+
+// checkResults checks --output of a verb that takes many images.
+func (a *app) checkResults(output string, names int) (*results, error) {
+	switch output {
+	case "human", "json", "ndjson":
+		return &results{app: a, output: output, many: names > 1 || output == "ndjson"}, nil
+	}
+	return nil, errOutput
+}
+
+// add prints the result for one image, in the form asked for. text begins with
+// the image's name where the verb's text does not say it itself.
+func (r *results) add(name, text string, object any) {
+	switch {
+	case r.output == "ndjson":
+		fmt.Fprintf(r.app.out, "%s", render.Line(object))
+	case r.output == "json" && r.many:
+		r.objects = append(r.objects, object)
+	case r.output == "json":
+		fmt.Fprintf(r.app.out, "%s", render.Pretty(object))
+	case r.many:
+		if r.printed {
+			fmt.Fprintln(r.app.out)
+		}
+		r.printed = true
+		if name != "" {
+			text = "image: " + r.app.shown(name) + "\n" + text
+		}
+		fmt.Fprint(r.app.out, text)
+	default:
+		fmt.Fprint(r.app.out, text)
+	}
+}
+
+// close prints what is kept until all is known.
+func (r *results) close() {
+	if r.output == "json" && r.many {
+		fmt.Fprintf(r.app.out, "%s", render.Pretty(r.objects))
+	}
+}
+
+// shown is a name as it is printed.
+func (a *app) shown(name string) string {
+	if a.terminal() {
+		return render.Escape(name)
+	}
+	return name
+}
+
+// messages collects lines for standard error, so that those of images that are
+// worked on side by side do not mix.
+type messages struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (m *messages) add(line string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.buf.WriteString(line + "\n")
+}
+
+// parts adds up the progress of many images.
+type parts struct {
+	mu   sync.Mutex
+	part []float64
+	sum  float64
+	set  func(float64)
+}
+
+// of returns what takes the progress of the i-th image.
+func (p *parts) of(i int) func(float64) {
+	return func(part float64) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		part = max(part, p.part[i])
+		p.sum += part - p.part[i]
+		p.part[i] = part
+		p.set(p.sum / float64(len(p.part)))
+	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -45,6 +46,7 @@ func (a *app) mapCommand() *cobra.Command {
 type mapSink interface {
 	Add(render.MapEntry) error
 	Close() error
+	Abort() error // prints what came so far
 }
 
 // mapImage is the verb.
@@ -86,14 +88,23 @@ func (a *app) mapImage(ctx context.Context, f *mapFlags, args []string) error {
 		}
 		return true
 	}))
-	return errors.Join(addErr, err, sink.Close())
+	if addErr != nil || err != nil {
+		return cmp.Or(addErr, err, sink.Abort())
+	}
+	return sink.Close()
 }
 
 // parseOffset parses a guest offset or length of the command line.
 func parseOffset(what, s string) (int64, error) {
 	n, err := option.ParseSize(s)
-	if err != nil || n > math.MaxInt64 {
-		return 0, fmt.Errorf("Invalid %s specified. You may use k, M, G, T, P or E suffixes for\nkilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.", what)
+	switch {
+	case errors.Is(err, option.ErrRange), err == nil && n > math.MaxInt64:
+		return 0, fmt.Errorf("Invalid %s specified. Must be between 0 and %d.", what, int64(math.MaxInt64))
+	case err != nil:
+		return 0, reports{
+			fmt.Errorf("Invalid %s specified. You may use k, M, G, T, P or E suffixes for", what),
+			errors.New("kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."),
+		}
 	}
 	return int64(n), nil
 }
@@ -113,7 +124,7 @@ func (a *app) mapSink(output string, chain *image.Chain, start, length int64, st
 		}
 		return render.NewHeatMap(a.out, info, a.width(), a.terminal()), nil
 	}
-	return nil, usagef("--output must be used with human, json, svg or heat as argument.")
+	return nil, errOutput
 }
 
 // mapEntry converts an extent.

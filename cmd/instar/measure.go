@@ -2,14 +2,17 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"math"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
 	"github.com/instar-img/instar/cmd/instar/internal/render"
+	"github.com/instar-img/instar/internal/host/discover"
 	"github.com/instar-img/instar/internal/host/image"
 	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/client"
 	"github.com/instar-img/instar/sdk/option"
 )
 
@@ -28,7 +31,7 @@ type measureFlags struct {
 func (a *app) measureCommand() *cobra.Command {
 	var f measureFlags
 	cmd := &cobra.Command{
-		Use:   "measure [-O FMT] [-o KEY=VAL,...]... [--size N | [-f FMT] [-l SNAPSHOT] FILENAME]",
+		Use:   "measure [-O FMT] [-o KEY=VAL,...]... [--size N | [-f FMT] [-l SNAPSHOT] FILENAME...]",
 		Short: "Compute the file size of an image before it is made",
 		RunE:  func(cmd *cobra.Command, args []string) error { return a.measure(cmd.Context(), &f, args) },
 	}
@@ -40,41 +43,39 @@ func (a *app) measureCommand() *cobra.Command {
 	flags.StringVar(&f.size, "size", "", "virtual size of a new, empty image")
 	flags.StringVarP(&f.snapshot, "snapshot", "l", "", "measure an internal snapshot of the source")
 	flags.StringArrayVar(&f.objects, "object", nil, "accepted for qemu-img's sake: objects serve encryption, which is deferred")
-	flags.StringVar(&f.output, "output", "human", "form of the result: human or json")
+	flags.StringVar(&f.output, "output", "human", "form of the result: human, json, or ndjson (a line for each image)")
 	f.keys.register(flags)
 	a.completeFormats(cmd, "format", "target-format")
 	return cmd
 }
 
-// measure is the verb.
-func (a *app) measure(ctx context.Context, f *measureFlags, args []string) error {
-	if err := checkOutput(f.output); err != nil {
-		return err
-	}
+// measured is the outcome for one image.
+type measured struct {
+	name   string
+	result sdk.MeasureResult
+}
+
+// checkStatic checks what needs no image.
+func (f *measureFlags) checkStatic(args []string) error {
 	for _, o := range f.objects {
 		if err := checkObject(o); err != nil {
 			return err
 		}
 	}
 	switch {
-	case len(args) > 1:
-		return usagef("At most one filename argument is allowed.")
+	case len(args) > 0 && f.size != "":
+		return errors.New("--size N cannot be used together with a filename.")
+	case len(args) == 0 && (f.source.format != "" || f.snapshot != "" || f.source.imageOpts):
+		return errors.New("--image-opts, -f, and -l require a filename argument.")
 	case len(args) == 0 && f.size == "":
-		return usagef("Either --size N or one filename must be specified.")
-	case len(args) == 1 && f.size != "":
-		return usagef("--size N cannot be used together with a filename.")
-	case f.size != "" && (f.source.format != "" || f.snapshot != ""):
-		return usagef("--image-opts, -f, and -l can only be used with a filename argument.")
+		return errors.New("Either --size N or one filename must be specified.")
 	}
-	s, err := a.session()
-	if err != nil {
-		return err
-	}
-	plugin, err := a.formatOrFallback(s, f.target, "")
-	if err != nil {
-		return err
-	}
-	format, err := s.Format(ctx, plugin)
+	return nil
+}
+
+// measure is the verb.
+func (a *app) measure(ctx context.Context, f *measureFlags, args []string) error {
+	out, err := a.checkResults(f.output, len(args))
 	if err != nil {
 		return err
 	}
@@ -82,43 +83,104 @@ func (a *app) measure(ctx context.Context, f *measureFlags, args []string) error
 	if err != nil {
 		return err
 	}
-	schema := format.Describe().Create
-	if help {
-		fmt.Fprint(a.out, option.Help(fmt.Sprintf("Supported %s options:", plugin.Manifest.Name), schema))
-		return nil
-	}
-	values, err := schema.Validate(plugin.Manifest.Name, option.Merge(f.keys.settings, fromO))
-	if err != nil {
-		return err
-	}
-	var chain *image.Chain
-	var size int64
-	if len(args) == 1 {
-		if chain, err = a.openSource(ctx, &f.source, args[0], image.Options{Backing: true, Snapshot: f.snapshot}); err != nil {
+	if !help {
+		if err := f.checkStatic(args); err != nil {
 			return err
 		}
-		defer chain.Close()
-		size = chain.VirtualSize()
-	} else {
-		n, err := option.ParseSize(f.size)
-		if err != nil || n > math.MaxInt64 {
-			return errImageSize
+	}
+	s, err := a.session()
+	if err != nil {
+		return err
+	}
+	target := &measureTarget{}
+	if target.plugin, err = a.formatOrFallback(s, f.target, ""); err != nil {
+		return err
+	}
+	if target.format, err = s.Format(ctx, target.plugin); err != nil {
+		return err
+	}
+	schema := target.format.Describe().Create
+	if help {
+		fmt.Fprint(a.out, option.Help(fmt.Sprintf("Supported %s options:", target.plugin.Manifest.Name), schema))
+		return nil
+	}
+	if target.values, err = schema.Validate(target.plugin.Manifest.Name, option.Merge(f.keys.settings, fromO)); err != nil {
+		return err
+	}
+	emit := func(m *measured) error {
+		out.add(m.name, render.MeasureText(m.result), measureObject(m, out.many))
+		return nil
+	}
+	if len(args) == 0 {
+		size, err := parseImageSize(f.size)
+		if err != nil {
+			return err
 		}
-		size = int64(n)
+		n, err := strconv.ParseInt(size, 10, 64)
+		if err != nil {
+			return err
+		}
+		result, err := target.measure(ctx, n, nil)
+		if err != nil {
+			return err
+		}
+		return emit(&measured{result: result})
 	}
-	values = schema.WithSize(values, keySize, uint64(size))
-	plan, err := format.PlanCreate(ctx, sdk.CreateRequest{Options: values, Size: size, BackingName: values.StringOr(keyBackingFile, ""), Name: "measured"})
+	work := func(ctx context.Context, _ int, name string) (*measured, error) {
+		return a.measureOne(ctx, f, target, name, out.many)
+	}
+	if !out.many {
+		m, err := work(ctx, 0, args[0])
+		if err != nil {
+			return err
+		}
+		return emit(m)
+	}
+	err = each(ctx, a, args, work, emit)
+	out.close()
+	return err
+}
+
+// measureTarget is what is to be made.
+type measureTarget struct {
+	plugin *discover.Plugin
+	format *client.Format
+	values option.Values
+}
+
+// measure computes the size of an image with the content of source, nil for
+// an empty one of so many bytes.
+func (t *measureTarget) measure(ctx context.Context, size int64, source *image.Chain) (sdk.MeasureResult, error) {
+	backing := t.values.StringOr(keyBackingFile, "")
+	plan, err := t.format.PlanCreate(ctx, sdk.CreateRequest{
+		Options: t.format.Describe().Create.WithSize(t.values, keySize, uint64(size)),
+		Size:    size, BackingName: backing, Name: "measured",
+	})
 	if err != nil {
-		return err
+		return sdk.MeasureResult{}, err
 	}
-	result, err := image.Measure(ctx, plan, chain)
+	return image.Measure(ctx, plan, source, backing != "")
+}
+
+// measureOne measures what an image would become.
+func (a *app) measureOne(ctx context.Context, f *measureFlags, target *measureTarget, name string, many bool) (*measured, error) {
+	chain, err := a.openSource(ctx, &f.source, name, image.Options{Backing: true, Snapshot: f.snapshot})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if f.output == "json" {
-		fmt.Fprintf(a.out, "%s", render.MeasureJSON(result))
-	} else {
-		fmt.Fprint(a.out, render.MeasureText(result))
+	defer closeChain(chain, many)
+	result, err := target.measure(ctx, chain.VirtualSize(), chain)
+	if err != nil {
+		return nil, named(many, name, err)
 	}
-	return nil
+	return &measured{name: name, result: result}, nil
+}
+
+// measureObject is the JSON for one image. Of many, each says which it is.
+func measureObject(m *measured, many bool) *render.Object {
+	o := render.MeasureObject(m.result)
+	if many {
+		o.Set("filename", m.name)
+	}
+	return o
 }

@@ -8,21 +8,34 @@ import (
 )
 
 // Measure computes the host space of a planned image that gets the content of
-// source, or of an empty one where source is nil.
-func Measure(ctx context.Context, plan sdk.Plan, source *Chain) (sdk.MeasureResult, error) {
+// source, or of an empty one where source is nil. With a backing file below the
+// new image nobody knows how much of the source it shares: the worst is assumed.
+func Measure(ctx context.Context, plan sdk.Plan, source *Chain, backed bool) (sdk.MeasureResult, error) {
 	m, ok := plan.(sdk.Measurer)
 	if !ok {
-		return sdk.MeasureResult{}, fmt.Errorf("format driver does not support measurement: %w", sdk.ErrUnsupported)
+		return sdk.MeasureResult{}, fmt.Errorf("Block driver does not support size measurement: %w", sdk.ErrUnsupported)
 	}
 	var req sdk.MeasureRequest
-	if source != nil {
-		units, err := source.allocatedUnits(ctx, max(1, plan.Info().AllocationUnit))
+	unit := max(1, plan.Info().AllocationUnit)
+	switch {
+	case source == nil:
+	case backed:
+		req.AllocatedUnits = (source.VirtualSize() + unit - 1) / unit
+	default:
+		units, err := source.allocatedUnits(ctx, unit)
 		if err != nil {
 			return sdk.MeasureResult{}, err
 		}
 		req.AllocatedUnits = units
 	}
-	return m.Measure(ctx, req)
+	if source != nil {
+		req.Bitmaps = source.Top().Info.Bitmaps
+	}
+	result, err := m.Measure(ctx, req)
+	if source == nil || !source.Top().Info.HasBitmaps {
+		result.Bitmaps = -1 // there is nothing to copy them from
+	}
+	return result, err
 }
 
 // allocatedUnits counts the units of so many bytes that hold data.

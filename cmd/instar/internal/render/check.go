@@ -10,7 +10,7 @@ import (
 // RepairedText is what check -r prints when it repaired something, before it
 // checks again and prints CheckText of that.
 func RepairedText(r *sdk.CheckResult) string {
-	if r.LeaksFixed == 0 && r.CorruptionsFixed == 0 {
+	if r == nil || r.LeaksFixed == 0 && r.CorruptionsFixed == 0 {
 		return ""
 	}
 	return fmt.Sprintf("The following inconsistencies were found and repaired:\n\n"+

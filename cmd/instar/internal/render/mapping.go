@@ -72,8 +72,11 @@ func (m *Map) Add(e MapEntry) error {
 	return nil
 }
 
-// Close prints what is pending and flushes. It is also called after an error of
-// Add, whose output so far stands.
+// Abort flushes what was printed: after an error of Add or of the map itself
+// the output so far stands.
+func (m *Map) Abort() error { return m.w.Flush() }
+
+// Close prints what is pending and flushes.
 func (m *Map) Close() error {
 	// Like qemu-img, an empty range is an entry of length 0.
 	err := m.print(&m.pending)

@@ -181,6 +181,9 @@ func (m *SVGMap) Add(e MapEntry) error {
 	return nil
 }
 
+// Abort draws nothing: half a map makes no picture.
+func (m *SVGMap) Abort() error { return nil }
+
 // Measures of the picture, in pixels but for the first two.
 const (
 	svgColumns   = 256
@@ -386,6 +389,9 @@ func (m *HeatMap) Add(e MapEntry) error {
 	m.grid.add(e)
 	return nil
 }
+
+// Abort draws nothing: half a map makes no picture.
+func (m *HeatMap) Abort() error { return nil }
 
 // layerEscapes are the terminal's colours of the layers.
 var layerEscapes = [pictureLayers]string{"\x1b[34m", "\x1b[33m", "\x1b[32m", "\x1b[35m", "\x1b[36m", "\x1b[31m", "\x1b[93m", "\x1b[90m"}
