@@ -6,10 +6,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"reflect"
 	"runtime/debug"
+	"runtime/metrics"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -65,6 +68,10 @@ func Run(t *testing.T, newFormat func() sdk.Format, cfg Config) {
 	s := &suite{Config: cfg, direct: newFormat, format: func(testing.TB) sdk.Format { return newFormat() }}
 	s.whole(t, &m)
 	if m.Has(sdk.CapCreate) && m.Has(sdk.CapOpen) {
+		t.Run("plan", s.plan)
+		t.Run("reproducible", s.reproducible)
+		t.Run("readfault", s.readFault)
+		t.Run("writefault", s.writeFault)
 		t.Run("truncate", s.truncate)
 		t.Run("flip", s.flip)
 	}
@@ -281,6 +288,170 @@ func (s *suite) sample(t *testing.T, f sdk.Format, opts string) string {
 	return path
 }
 
+// plan looks at plans alone, also of sizes too large to make.
+func (s *suite) plan(t *testing.T) {
+	f := s.direct()
+	schema := f.Describe().Create
+	for _, opts := range s.Options {
+		for _, size := range append(slices.Clone(s.Sizes), 2040<<30, 2040<<30+1, 64<<40, 64<<40+1, 1<<62, math.MaxInt64) {
+			p, err := TryPlan(t, f, t.TempDir(), "image", size, opts, nil)
+			if err != nil {
+				if !errors.Is(err, sdk.ErrTooBig) && !errors.Is(err, sdk.ErrInvalid) && !errors.Is(err, sdk.ErrUnsupported) {
+					t.Errorf("%q, size %d: the refusal has no class: %v", opts, size, err)
+				}
+				continue
+			}
+			info := p.Info()
+			if info.VirtualSize < size {
+				t.Errorf("%q, size %d: planned %d", opts, size, info.VirtualSize)
+			}
+			at := 0
+			for _, v := range info.Options {
+				for at < len(schema) && !schema[at].Matches(v.Key) {
+					at++
+				}
+				if at == len(schema) {
+					t.Errorf("%q, size %d: option %s is not in the schema, or not in its order: %+v", opts, size, v.Key, info.Options)
+					break
+				}
+			}
+			roles := map[string]bool{}
+			for i, file := range info.Files {
+				if roles[file.Role] || (file.Role == sdk.RoleMain) != (i == 0) || (file.Name == "") != (i == 0) || file.Length < 0 {
+					t.Errorf("%q, size %d: planned file %d is %+v", opts, size, i, file)
+				}
+				roles[file.Role] = true
+			}
+			if m, ok := p.(sdk.Measurer); ok {
+				res, err := m.Measure(context.Background(), sdk.MeasureRequest{})
+				if err == nil && (res.Required < 0 || res.Required > res.FullyAllocated) {
+					t.Errorf("%q, size %d: measured %+v", opts, size, res)
+				}
+			}
+		}
+	}
+}
+
+// reproducible makes the same image twice.
+func (s *suite) reproducible(t *testing.T) {
+	for _, opts := range s.Options {
+		_, a := s.inMemory(t, opts)
+		_, b := s.inMemory(t, opts)
+		for i := range a {
+			if !bytes.Equal(a[i], b[i]) {
+				t.Errorf("%q: file %d differs between two reproducible images", opts, i)
+			}
+		}
+	}
+}
+
+// maxFaults bounds how many operations of one kind fail, one at a time.
+const maxFaults = 40
+
+// faultsIn returns which of n operations are to fail: all of a few, else the
+// first ones and a sample.
+func faultsIn(n int) []int {
+	var out []int
+	for i := 1; i <= n; i += 1 + max(0, i-maxFaults/2)*n/(8*maxFaults) {
+		out = append(out, i)
+	}
+	return out
+}
+
+// readFault fails each read of a sound image once: a read that failed must
+// not look like zeros, or like an image with less in it.
+func (s *suite) readFault(t *testing.T) {
+	f := s.direct()
+	ctx := context.Background()
+	for _, opts := range s.Options {
+		roles, contents := s.inMemory(t, opts)
+		attempt := func(faults *Faults) ([]byte, error) {
+			files := memFiles(roles, contents)
+			for i := range files {
+				files[i].File = faults.File(files[i].File)
+			}
+			img, err := f.Open(ctx, sdk.OpenRequest{Files: files[:1], Name: "image"})
+			if err != nil {
+				return nil, err
+			}
+			defer img.Close()
+			info, err := img.Info(ctx)
+			if err != nil {
+				return nil, err
+			}
+			if a, ok := img.(sdk.Attacher); ok && len(files) > 1 {
+				if err := a.Attach(ctx, files[1:]); err != nil {
+					return nil, err
+				}
+			}
+			return readRange(ctx, img, files, 0, info.VirtualSize)
+		}
+		sound := &Faults{}
+		want, err := attempt(sound)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range faultsIn(sound.Reads) {
+			guard(t, fmt.Sprintf("%q with read %d failing", opts, n), func() {
+				if got, err := attempt(&Faults{Read: n}); err == nil && !bytes.Equal(got, want) {
+					t.Errorf("%q: read %d failed, and the content is another without an error", opts, n)
+				}
+			})
+		}
+	}
+}
+
+// writeFault fails each write of Emit, Place and Finish once: none may pass
+// for success.
+func (s *suite) writeFault(t *testing.T) {
+	f := s.direct()
+	ctx := context.Background()
+	m := f.Describe().Manifest
+	for _, opts := range s.Options {
+		attempt := func(faults *Faults) error {
+			p, err := TryPlan(t, f, t.TempDir(), "image", s.WriteSize, opts, reproducible)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var inner, files []sdk.NamedFile
+			for _, want := range p.Info().Files {
+				file := MemFile(make([]byte, want.Length))
+				inner = append(inner, sdk.NamedFile{Role: want.Role, File: file})
+				files = append(files, sdk.NamedFile{Role: want.Role, File: faults.File(file)})
+			}
+			if err := p.Emit(ctx, files); err != nil || !m.Has(sdk.CapWrite) {
+				return err
+			}
+			img, err := f.Open(ctx, sdk.OpenRequest{Files: files[:1], Name: "image", ReadWrite: true})
+			if err != nil {
+				return err
+			}
+			defer img.Close()
+			o := &Opened{t: t, Image: img, Files: inner, path: "image"}
+			if o.Info, err = img.Info(ctx); err != nil {
+				return err
+			}
+			if a, ok := img.(sdk.Attacher); ok && len(files) > 1 {
+				if err := a.Attach(ctx, files[1:]); err != nil {
+					return err
+				}
+			}
+			return o.write(ctx, map[int64][]byte{0: pattern(1, 512), 1 << 20: pattern(2, 4096)}, false)
+		}
+		sound := &Faults{}
+		if err := attempt(sound); err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range faultsIn(sound.Writes) {
+			guard(t, fmt.Sprintf("%q with write %d failing", opts, n), func() {
+				if err := attempt(&Faults{Write: n}); err == nil {
+					t.Errorf("%q: write %d of %d failed without an error", opts, n, sound.Writes)
+				}
+			})
+		}
+	}
+}
+
 func reproducible(req *sdk.CreateRequest) { req.Reproducible, req.Time = true, reproducibleTime }
 
 func (s *suite) concurrent(t *testing.T) {
@@ -337,6 +508,25 @@ func guard(t testing.TB, what string, fn func()) {
 // touch does with a damaged image all that a core would: errors are welcome,
 // panics, hangs and writes are not.
 func (s *suite) touch(f sdk.Format, files []sdk.NamedFile, check bool) error {
+	before := allocated()
+	err := s.touchAll(f, files, check)
+	if used := allocated() - before; err == nil && used > maxAlloc {
+		return fmt.Errorf("%d bytes allocated, at most %d are expected", used, int64(maxAlloc))
+	}
+	return err
+}
+
+// allocated returns how many bytes this process has allocated so far.
+func allocated() uint64 {
+	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(sample)
+	return sample[0].Value.Uint64()
+}
+
+// maxAlloc is what handling a damaged image may allocate in all.
+const maxAlloc = 256 << 20
+
+func (s *suite) touchAll(f sdk.Format, files []sdk.NamedFile, check bool) error {
 	ctx := context.Background()
 	img, err := f.Open(ctx, sdk.OpenRequest{Files: files[:1], Name: "image", Check: check})
 	if err != nil {
@@ -430,16 +620,18 @@ func memFiles(roles []string, contents [][]byte) []sdk.NamedFile {
 	return files
 }
 
+// truncate cuts an image short, everywhere at the start, where metadata lies,
+// and in places behind it.
 func (s *suite) truncate(t *testing.T) {
 	f := s.direct()
-	for _, opts := range s.Options {
+	for i, opts := range s.Options {
 		roles, contents := s.inMemory(t, opts)
 		whole := contents[0]
-		for n := 0; n < len(whole); n += 512 {
-			// Dense at the start, where metadata lies, thinner behind it.
-			if n > 1<<20 && n%(1<<16) != 0 {
-				continue
-			}
+		dense, coarse := 512, 32<<10
+		if i > 0 || testing.Short() {
+			dense = 8 << 10
+		}
+		for n := 0; n < len(whole); {
 			for _, n := range []int{n, n + 1, n + 511} {
 				if n >= len(whole) {
 					continue
@@ -453,6 +645,12 @@ func (s *suite) truncate(t *testing.T) {
 						}
 					}
 				})
+			}
+			switch left := len(whole) - n; {
+			case n < 256<<10 || left <= 2048:
+				n += min(dense, max(512, left-2048))
+			default:
+				n += min(coarse, left-2048)
 			}
 		}
 	}
