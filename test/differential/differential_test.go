@@ -126,6 +126,9 @@ func usable(t *testing.T, dir, format string) bool {
 		return false
 	}
 	size := virtualSize(t, info.stdout)
+	if flat, err := os.Stat(filepath.Join(dir, "image-flat")); err == nil && flat.Size() < size {
+		return false // what lies beyond the end reads as zeros, and cannot be written
+	}
 	if size < 512 {
 		return true
 	}
@@ -157,17 +160,18 @@ func TestCreate(t *testing.T) {
 	for _, format := range formats {
 		t.Run(format, func(t *testing.T) {
 			t.Parallel()
-			made := 0
+			tried, made := 0, 0
 			for n := range count {
 				c := generate(seed, n, format)
 				t.Run(fmt.Sprint(n), func(t *testing.T) {
+					tried++
 					if compareCreate(t, instar, base, c) {
 						made++
 					}
 				})
 			}
-			if count >= 20 && uint64(made) < count/3 {
-				t.Errorf("only %d of %d triples made an image: the generator has gone astray", made, count)
+			if tried >= 20 && made < tried/3 {
+				t.Errorf("only %d of %d triples made an image: the generator has gone astray", made, tried)
 			}
 		})
 	}
@@ -190,8 +194,10 @@ func compareCreate(t *testing.T, instar, base string, c triple) bool {
 	if want.code == 0 && got.code == 1 && !usable(t, theirs, c.format) {
 		return false // refused, rightly (docs/divergences.md)
 	}
-	if want.code == 1 && got.code == 0 && c.format == "vhdx" && usable(t, ours, c.format) &&
-		strings.Contains(want.stderr, "Failed to write the BAT") {
+	if want.code == 1 && got.code == 0 && c.format == "vhdx" && strings.Contains(want.stderr, "Failed to write the BAT") {
+		if opened := run(t, ours, instar, "info", "image"); opened.code != 0 {
+			t.Error(opened.stderr)
+		}
 		return true // qemu-img trips over a table without entries (docs/divergences.md)
 	}
 	if got.code != want.code {
