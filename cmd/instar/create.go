@@ -271,8 +271,10 @@ func (f *createFlags) settings(args []string, schema option.Schema, fromO []opti
 }
 
 // errImageSize is qemu-img's message for a SIZE that is no number.
-var errImageSize = errors.New(`Invalid image size specified. You may use k, M, G, T, P or E suffixes for
-kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.`)
+var errImageSize = reports{
+	errors.New("Invalid image size specified. You may use k, M, G, T, P or E suffixes for"),
+	errors.New("kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."),
+}
 
 // parseImageSize checks the positional SIZE and returns it in bytes, in decimal.
 func parseImageSize(s string) (string, error) {
