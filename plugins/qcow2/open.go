@@ -39,6 +39,7 @@ type image struct {
 	cache    tableCache
 	sparse   bool // guest clusters may lie in holes of the file
 	sparseOK bool // sparse is known
+	writer   *writer
 }
 
 // readZeros fills b from off; what lies beyond the end of the file is zeros, as
@@ -387,6 +388,14 @@ func (im *image) Info(context.Context) (*sdk.Info, error) {
 		compression = "zstd"
 	}
 	v3 := h.version >= 3
+	info.HasBitmaps = v3
+	for i := range im.bitmaps {
+		e := &im.bitmaps[i]
+		info.Bitmaps = append(info.Bitmaps, sdk.BitmapInfo{
+			Name: e.name, Granularity: 1 << e.granularityBits,
+			Enabled: e.flags&bitmapAuto != 0, Inconsistent: e.flags&bitmapInUse != 0,
+		})
+	}
 	add := func(f ...sdk.Fact) { info.Specific = append(info.Specific, f...) }
 	if v3 {
 		add(sdk.StringFact("compat", "1.1"))

@@ -16,6 +16,7 @@ const (
 	fieldSnapshotCount = 60
 	fieldSnapshots     = 60 // count and offset
 	fieldIncompatible  = 72
+	fieldAutoclear     = 88
 )
 
 // markClean drops the dirty and the corrupt flag.

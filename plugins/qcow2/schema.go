@@ -65,7 +65,7 @@ func (format) Describe() sdk.Description {
 			Suffixes:     []string{"qcow2"},
 			Version:      "0.1",
 			Protocols:    []int{sdk.Protocol},
-			Capabilities: []string{sdk.CapOpen, sdk.CapCreate, sdk.CapDecode, sdk.CapCheck, sdk.CapRepair},
+			Capabilities: []string{sdk.CapOpen, sdk.CapCreate, sdk.CapDecode, sdk.CapCheck, sdk.CapRepair, sdk.CapWrite},
 			Probes: []sdk.Probe{
 				{Offset: 0, Bytes: "514649fb00000002", Score: 100},
 				{Offset: 0, Bytes: "514649fb00000003", Score: 100},
