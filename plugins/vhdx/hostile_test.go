@@ -511,7 +511,7 @@ func TestDevice(t *testing.T) {
 }
 
 func TestReproducible(t *testing.T) {
-	make := func(name string, time int64) []byte {
+	create := func(name string, time int64) []byte {
 		path, err := formattest.CreateAs(t, New(), t.TempDir(), name, 4*mib, "", func(r *sdk.CreateRequest) { r.Reproducible, r.Time = true, time })
 		if err != nil {
 			t.Fatal(err)
@@ -519,10 +519,10 @@ func TestReproducible(t *testing.T) {
 		formattest.Write(t, New(), path, map[int64][]byte{0: {1}}, false)
 		return readFile(t, path)
 	}
-	if !bytes.Equal(make("a", 1), make("a", 1)) {
+	if !bytes.Equal(create("a", 1), create("a", 1)) {
 		t.Error("the same request makes different images")
 	}
-	if bytes.Equal(make("a", 1), make("a", 2)) {
+	if bytes.Equal(create("a", 1), create("a", 2)) {
 		t.Error("the time has no effect")
 	}
 	var ids guids

@@ -252,7 +252,7 @@ func (r *ring) entry(ctx context.Context, off int64, log ondisk.GUID) (e logEntr
 // where nothing was ever logged under this id.
 func (r *ring) active(ctx context.Context, log ondisk.GUID) ([]logEntry, error) {
 	var best []logEntry
-	any := false
+	logged := false
 	for tail := int64(0); tail < r.length; {
 		var current []logEntry
 		head, taken := tail, int64(0)
@@ -261,7 +261,7 @@ func (r *ring) active(ctx context.Context, log ondisk.GUID) ([]logEntry, error) 
 			if err != nil {
 				return nil, err
 			}
-			any = any || ours
+			logged = logged || ours
 			if !valid || len(current) > 0 && e.sequence != current[len(current)-1].sequence+1 {
 				break
 			}
@@ -287,7 +287,7 @@ func (r *ring) active(ctx context.Context, log ondisk.GUID) ([]logEntry, error) 
 			break
 		}
 	}
-	if best == nil && any {
+	if best == nil && logged {
 		return nil, fmt.Errorf("log: no valid sequence of entries: %w", sdk.ErrCorrupt)
 	}
 	return best, nil

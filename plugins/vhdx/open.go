@@ -65,7 +65,7 @@ func (format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, error) 
 
 func (img *image) readHeaders() error {
 	var magic [len(signature)]byte
-	if _, err := img.file.ReadAt(magic[:], 0); err != nil && err != io.EOF {
+	if _, err := img.file.ReadAt(magic[:], 0); err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
 	if string(magic[:]) != signature {

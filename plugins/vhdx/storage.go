@@ -2,6 +2,7 @@ package vhdx
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -69,7 +70,7 @@ func (s *storage) ReadAt(p []byte, off int64) (int, error) {
 	n := int(min(int64(len(p)), s.size-off))
 	whole := p[:n]
 	m, err := s.File.ReadAt(whole, off)
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		return m, err
 	}
 	clear(whole[m:])
