@@ -34,10 +34,13 @@ type writer struct {
 	dirty    map[int64]bool
 	inPlace  bool // the image had content before
 	metadata []region
-	// Of differencing disks, the bitmap of the block being written:
+	// Of differencing disks, the bitmap of the new block being written:
 	current int64 // -1 for none
 	entry   uint32
 	bits    []byte
+	// pending are the bitmaps of blocks that were there before, by entry. They
+	// are written when their sectors' data are on stable storage.
+	pending map[uint32][]byte
 }
 
 // BeginWrite implements sdk.Writer.
@@ -61,6 +64,7 @@ func (img *image) BeginWrite(_ context.Context, req sdk.WriteRequest) (sdk.Write
 		dirty:   map[int64]bool{},
 		inPlace: img.used > 0,
 		current: -1,
+		pending: map[uint32][]byte{},
 
 		metadata: img.metadata(),
 	}
@@ -247,21 +251,58 @@ func (img *image) mark(block int64, entry uint32, r sdk.Run) error {
 	if !img.differencing() {
 		return nil
 	}
-	w := img.writer
-	if w.current != block {
-		if err := img.flushBitmap(); err != nil {
-			return err
-		}
-		bits, err := img.readBitmap(entry, 0, img.bitmap)
-		if err != nil {
-			return fmt.Errorf("block %d: %w", block, err)
-		}
-		w.current, w.entry, w.bits = block, entry, bits
+	bits, err := img.bitmapFor(block, entry)
+	if err != nil {
+		return fmt.Errorf("block %d: %w", block, err)
 	}
 	base := block * img.blockSize()
 	for s := (r.Offset - base) / sectorSize; s < (r.Offset+r.Length-base)/sectorSize; s++ {
-		w.bits[s/8] |= 0x80 >> (s % 8)
+		bits[s/8] |= 0x80 >> (s % 8)
 	}
+	return nil
+}
+
+// maxPending bounds the bitmaps held back, 512 bytes each for blocks of 2 MiB.
+// Beyond it a crash may find sectors marked whose data never arrived.
+const maxPending = 1 << 15
+
+// bitmapFor returns the bitmap of a block, to be changed.
+func (img *image) bitmapFor(block int64, entry uint32) ([]byte, error) {
+	w := img.writer
+	if bits, ok := w.pending[entry]; ok {
+		return bits, nil
+	}
+	if w.current == block {
+		return w.bits, nil
+	}
+	bits, err := img.readBitmap(entry, 0, img.bitmap)
+	if err != nil {
+		return nil, err
+	}
+	if !img.isNew(entry) {
+		if len(w.pending) >= maxPending {
+			if err := img.flushPending(); err != nil {
+				return nil, err
+			}
+		}
+		w.pending[entry] = bits
+		return bits, nil
+	}
+	if err := img.flushBitmap(); err != nil {
+		return nil, err
+	}
+	w.current, w.entry, w.bits = block, entry, bits
+	return bits, nil
+}
+
+func (img *image) flushPending() error {
+	w := img.writer
+	for _, entry := range slices.Sorted(maps.Keys(w.pending)) {
+		if _, err := img.file.WriteAt(w.pending[entry], int64(entry)*sectorSize); err != nil {
+			return fmt.Errorf("write bitmap at %#x: %w", int64(entry)*sectorSize, err)
+		}
+	}
+	clear(w.pending)
 	return nil
 }
 
@@ -301,8 +342,9 @@ func (img *image) zero(ctx context.Context, off, n int64) error {
 	return nil
 }
 
-// Finish implements sdk.Writer. The new trailing footer comes first, then the
-// table, so that an image interrupted here is the old one with a longer file.
+// Finish implements sdk.Writer. What refers to new data is written when the
+// data and the new trailing footer are on stable storage, so that an image
+// interrupted before is the old one in a longer file.
 func (img *image) Finish(ctx context.Context) error {
 	if img.footer.diskType == typeFixed {
 		return nil // the footer is where it was
@@ -316,20 +358,21 @@ func (img *image) Finish(ctx context.Context) error {
 	if err := img.flushBitmap(); err != nil {
 		return err
 	}
-	img.writer = nil
-	if w.firstNew == 0 {
-		return nil
-	}
-	if _, err := img.file.WriteAt(img.footer.append(nil), w.end); err != nil {
-		return fmt.Errorf("write footer: %w", err)
-	}
-	if err := img.file.Truncate(w.end + footerSize); err != nil {
-		return fmt.Errorf("set file length: %w", err)
+	if w.firstNew != 0 {
+		if err := img.file.Truncate(w.end + footerSize); err != nil {
+			return fmt.Errorf("set file length: %w", err)
+		}
+		if _, err := img.file.WriteAt(img.footer.append(nil), w.end); err != nil {
+			return fmt.Errorf("write footer: %w", err)
+		}
 	}
 	if w.inPlace {
 		if err := img.file.Sync(); err != nil {
 			return err
 		}
+	}
+	if err := img.flushPending(); err != nil {
+		return err
 	}
 	for _, first := range slices.Sorted(maps.Keys(w.dirty)) {
 		if err := ctx.Err(); err != nil {
@@ -338,6 +381,10 @@ func (img *image) Finish(ctx context.Context) error {
 		if _, err := img.file.WriteAt(appendTable(nil, w.pages[first]), int64(img.header.tableOffset)+4*first); err != nil {
 			return fmt.Errorf("write block allocation table: %w", err)
 		}
+	}
+	img.writer = nil
+	if w.firstNew == 0 {
+		return nil
 	}
 	// What of the old footer the first new block has not overwritten.
 	if n := min(w.firstNew-img.tailFrom, footerSize); img.tailOK && img.tailFrom >= img.dataEnd && n > 0 {

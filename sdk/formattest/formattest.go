@@ -311,8 +311,6 @@ func checkExtent(before []sdk.Extent, e sdk.Extent, at, end int64) error {
 		return fmt.Errorf("map: extent %+v has no host offset", e)
 	case e.Kind == sdk.Data && e.HostOffset+e.Length < 0:
 		return fmt.Errorf("map: extent %+v overflows the file", e)
-	case e.Kind == sdk.Absent && e.HostOffset != -1:
-		return fmt.Errorf("map: absent extent %+v has a host offset, want -1", e)
 	case e.HostOffset < -1 || e.File < 0:
 		return fmt.Errorf("map: extent %+v has a negative host offset or file", e)
 	}
