@@ -50,6 +50,9 @@ type Options struct {
 	// Progress is told how much of the disk is done. It may be called from
 	// several goroutines.
 	Progress func(done, total int64)
+	// BeforeFinish, where not nil, is called when all content is written and the
+	// target's tables are not.
+	BeforeFinish func(context.Context) error
 }
 
 // Stats counts what Copy did, in bytes.
@@ -161,6 +164,11 @@ func Copy(ctx context.Context, src *Source, dst *Target, opts Options) (Stats, e
 	if err := context.Cause(c.ctx); err != nil {
 		return c.stats(), err
 	}
+	if opts.BeforeFinish != nil {
+		if err := opts.BeforeFinish(ctx); err != nil {
+			return c.stats(), err
+		}
+	}
 	if err := dst.Writer.Finish(ctx); err != nil {
 		return c.stats(), err
 	}
@@ -264,6 +272,7 @@ func (c *copy_) plan() error {
 type planner struct {
 	*copy_
 	base *cursor
+	ids  fileIDs
 	cur  *step // the cell being gathered
 	next int64 // where the first cell lies that has no step yet
 	run  *step // clones being gathered
@@ -457,7 +466,6 @@ func (p *planner) emitZero(from, to int64) error {
 // against finds the base's extents for a step, and reports whether both are
 // the same stored bytes, or zeros, all over.
 func (p *planner) against(s *step) (bool, error) {
-	var ids fileIDs
 	same := true
 	i := 0
 	for pos := s.off; pos < s.off+s.length; {
@@ -480,7 +488,7 @@ func (p *planner) against(s *step) (bool, error) {
 				same, pos = rest.Kind == Zero, min(end, s.pieces[i].Offset)
 			default:
 				e := s.pieces[i].from(pos - s.pieces[i].Offset)
-				same, pos = e.sameBytes(&rest, &ids), min(end, e.Offset+e.Length)
+				same, pos = e.sameBytes(&rest, &p.ids), min(end, e.Offset+e.Length)
 			}
 		}
 		pos = b.Offset + b.Length
@@ -531,15 +539,15 @@ func (p *planner) end() error {
 }
 
 // emit hands a step to the sequencer.
-func (p *planner) emit(s *step) error {
+func (c *copy_) emit(s *step) error {
 	if s.ready == nil {
 		s.ready = closed
 	}
 	select {
-	case p.steps <- s:
+	case c.steps <- s:
 		return nil
-	case <-p.ctx.Done():
-		return p.ctx.Err()
+	case <-c.ctx.Done():
+		return c.ctx.Err()
 	}
 }
 

@@ -36,8 +36,9 @@ type Extent struct {
 	Decoder sdk.Decoder
 	Encoded sdk.Extent
 	Skip    int64
-	// Allocated: some layer holds the range, be it as zeros.
-	Allocated bool
+	// Allocated: some layer holds the range, be it as zeros. Located: it has a
+	// place in a file, be it as zeros. Read: a file is read for it.
+	Allocated, Located, Read bool
 }
 
 // from returns the part of e that begins n bytes into it.
@@ -119,6 +120,8 @@ func FromChain(c *image.Chain) *Source {
 
 func fromImage(in *image.Extent, decoders []sdk.Decoder) (Extent, error) {
 	e := Extent{Offset: in.Offset, Length: in.Length, Allocated: in.Kind != sdk.Absent}
+	e.Located = in.File != nil && in.Kind != sdk.Encoded
+	e.Read = in.Kind == sdk.Encoded || in.Kind == sdk.Data && (!in.Hole || !in.Raw)
 	switch {
 	case in.Zero():
 		return e, nil
