@@ -359,7 +359,7 @@ func readRange(ctx context.Context, img sdk.Image, files []sdk.NamedFile, off, n
 				return nil, fmt.Errorf("map: extent %+v is in file %d of %d", e, e.File, len(files))
 			}
 			// A file may end inside an extent: what lies behind reads as zeros.
-			if _, err := files[e.File].File.ReadAt(dst, e.HostOffset); err != nil && err != io.EOF {
+			if _, err := files[e.File].File.ReadAt(dst, e.HostOffset); err != nil && !errors.Is(err, io.EOF) {
 				return nil, err
 			}
 		case sdk.Encoded:
