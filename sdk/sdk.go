@@ -181,7 +181,7 @@ type Extent struct {
 	// File is the index of the file that holds HostOffset.
 	File int
 	// HostOffset of the bytes (Data), of the encoded bytes (Encoded), or of the
-	// space that a Zero extent has allocated; -1 where there is none.
+	// space that a Zero or Absent extent has allocated; -1 where there is none.
 	HostOffset int64
 	// EncodedLength is the number of host bytes of an Encoded extent.
 	EncodedLength int64
@@ -401,6 +401,24 @@ type BitmapInfo struct {
 	Enabled      bool  // it records writes
 	Inconsistent bool  // it was in use when the image was not closed
 }
+
+// Inspector is implemented by images that know more of their own safety than
+// Info and Check tell: features that a gatekeeper may want to refuse.
+type Inspector interface {
+	Inspect(ctx context.Context) (*Inspection, error)
+}
+
+// Inspection is for gatekeepers.
+type Inspection struct {
+	// Features in use, by their names in the format's specification.
+	Features []string
+	// Findings each break a rule. A rule's name is lower case with dashes
+	// ("unknown-features"); what it means stands in the format's documentation.
+	Findings []Finding
+}
+
+// Finding is one reason not to accept an image.
+type Finding struct{ Rule, Text string }
 
 // BitmapReader is implemented by images whose bitmaps can be read.
 type BitmapReader interface {

@@ -185,6 +185,9 @@ func (m *mapper) piece(pos, length, host int64, allocated, zero, data bool) {
 		}
 	default:
 		e.Kind = sdk.Absent
+		if allocated { // a subcluster without data in an allocated cluster
+			e.File, e.HostOffset = m.file, host
+		}
 	}
 	m.add(e)
 }

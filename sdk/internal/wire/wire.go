@@ -315,7 +315,7 @@ func AppendExtents(r *pb.MapImageResponse, extents []sdk.Extent) {
 		if e.Raw {
 			attr |= attrRaw
 		}
-		if e.HostOffset >= 0 && e.Kind != sdk.Absent {
+		if e.HostOffset >= 0 {
 			attr |= attrHost | uint64(e.File)<<attrFileShift
 			r.HostOffset = append(r.HostOffset, uint64(e.HostOffset))
 		}
