@@ -30,6 +30,8 @@ type app struct {
 	out     io.Writer
 	err     io.Writer
 	verbose bool
+	policy  policyFlags
+	limits  launch.Limits // of each plugin
 
 	current *session.Session
 }
@@ -103,7 +105,7 @@ func (a *app) opener() (*image.Opener, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &image.Opener{Session: s, Gate: &gate.Policy{}, Warn: a.warn}, nil
+	return &image.Opener{Session: s, Gate: &gate.Policy{Untrusted: a.policy.untrusted}, Warn: a.warn}, nil
 }
 
 // warn prints a warning, once.
@@ -169,7 +171,7 @@ func (a *app) session() (*session.Session, error) {
 	for _, r := range plugins.Refused() {
 		a.logf("%v", r)
 	}
-	a.current = session.New(plugins, launch.Options{Logger: a.logger()})
+	a.current = session.New(plugins, launch.Options{Logger: a.logger(), Limits: a.limits})
 	return a.current, nil
 }
 
@@ -201,6 +203,16 @@ func (a *app) rootCommand() *cobra.Command {
 	root.SetErr(a.err)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err.Error()} })
 	root.PersistentFlags().BoolVarP(&a.verbose, "verbose", "v", false, "say what is done beside the result, on standard error")
-	root.AddCommand(a.createCommand(), a.convertCommand(), a.ddCommand(), a.infoCommand(), a.mapCommand(), a.checkCommand(), a.measureCommand(), a.pluginCommand())
+	root.AddCommand(
+		a.createCommand(),
+		a.bound(a.convertCommand(), false),
+		a.bound(a.ddCommand(), false),
+		a.bound(a.infoCommand(), true),
+		a.bound(a.mapCommand(), true),
+		a.bound(a.checkCommand(), true),
+		a.bound(a.measureCommand(), true),
+		a.bound(a.inspectCommand(), true),
+		a.pluginCommand(),
+	)
 	return root
 }

@@ -54,6 +54,8 @@ type convertFlags struct {
 	reproducible  bool
 	platform      string
 	size          string
+
+	copied *bitmapCopy // where bitmaps
 }
 
 func (a *app) convertCommand() *cobra.Command {
@@ -202,11 +204,21 @@ func (a *app) convert(ctx context.Context, f *convertFlags, args []string) error
 		}
 		f.target = to.Format
 	}
-	source, closeSource, err := a.openSources(ctx, f, args[:len(args)-1])
+	chains, err := a.openSources(ctx, f, args[:len(args)-1])
 	if err != nil {
 		return err
 	}
-	defer closeSource()
+	var sources []*copier.Source
+	for _, c := range chains {
+		defer c.Close()
+		sources = append(sources, copier.FromChain(c))
+	}
+	source := copier.Concat(sources...)
+	if f.bitmaps {
+		if f.copied, err = selectBitmaps(chains, f.skipBroken, a.warn); err != nil {
+			return err
+		}
+	}
 	output := args[len(args)-1]
 	var out io.Writer = a.out
 	if output == standardStream {
@@ -258,25 +270,20 @@ func (a *app) targetHelp(ctx context.Context, name string) error {
 	return nil
 }
 
-// openSources opens the sources and joins them.
-func (a *app) openSources(ctx context.Context, f *convertFlags, names []string) (*copier.Source, func(), error) {
+// openSources opens the sources.
+func (a *app) openSources(ctx context.Context, f *convertFlags, names []string) ([]*image.Chain, error) {
 	var chains []*image.Chain
-	closeAll := func() {
-		for _, c := range chains {
-			c.Close()
-		}
-	}
-	var sources []*copier.Source
 	for _, name := range names {
 		chain, err := a.openConvertSource(ctx, f, name)
 		if err != nil {
-			closeAll()
-			return nil, nil, err
+			for _, c := range chains {
+				c.Close()
+			}
+			return nil, err
 		}
 		chains = append(chains, chain)
-		sources = append(sources, copier.FromChain(chain))
 	}
-	return copier.Concat(sources...), closeAll, nil
+	return chains, nil
 }
 
 // openConvertSource opens one source: a path, a URL or standard input.
@@ -377,7 +384,7 @@ func (a *app) convertToFile(ctx context.Context, f *convertFlags, to *platform.P
 	if err != nil {
 		return fmt.Errorf("%s: error while converting %s: %w", output, plugin.Manifest.Name, err)
 	}
-	return a.copyInto(ctx, source, t, opts)
+	return a.copyInto(ctx, f, source, t, opts)
 }
 
 // openBase opens the backing file that the output shall have, as what it need
@@ -429,15 +436,18 @@ func (a *app) convertInPlace(ctx context.Context, f *convertFlags, source *copie
 		t.Close()
 		return errors.New("output file is smaller than input file")
 	}
-	return a.copyInto(ctx, source, t, opts)
+	return a.copyInto(ctx, f, source, t, opts)
 }
 
 // copyInto copies and commits.
-func (a *app) copyInto(ctx context.Context, source *copier.Source, t *image.Target, opts copier.Options) error {
+func (a *app) copyInto(ctx context.Context, f *convertFlags, source *copier.Source, t *image.Target, opts copier.Options) error {
 	defer t.Close()
 	files := make([]*os.File, len(t.Files))
 	for i := range t.Files {
 		files[i] = t.Files[i].File
+	}
+	if f.bitmaps {
+		opts.BeforeFinish = func(ctx context.Context) error { return f.copied.writeTo(ctx, t) }
 	}
 	stats, err := copier.Copy(ctx, source, &copier.Target{Writer: t.Writer, Files: files, Size: t.Info.VirtualSize, Fresh: t.Fresh}, opts)
 	if err != nil {

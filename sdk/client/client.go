@@ -135,7 +135,7 @@ func (f *Format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, erro
 	return &Image{
 		format: f, id: r.GetImage(), info: info,
 		checker: r.GetChecker(), decoder: r.GetDecoder(), attacher: r.GetAttacher(), writer: r.GetWriter(),
-		bitmapReader: r.GetBitmapReader(), bitmapWriter: r.GetBitmapWriter(),
+		bitmapReader: r.GetBitmapReader(), bitmapWriter: r.GetBitmapWriter(), inspector: r.GetInspector(),
 	}, nil
 }
 
@@ -145,8 +145,8 @@ type Image struct {
 	id     uint64
 	info   *sdk.Info
 
-	checker, decoder, attacher, writer bool
-	bitmapReader, bitmapWriter         bool
+	checker, decoder, attacher, writer    bool
+	bitmapReader, bitmapWriter, inspector bool
 
 	scratchMu sync.Mutex
 	scratch   *Window
@@ -163,6 +163,8 @@ func (m *Image) Supports(iface any) bool {
 		return m.attacher
 	case *sdk.Writer, *WindowEncoder:
 		return m.writer
+	case *sdk.Inspector:
+		return m.inspector
 	case *sdk.BitmapReader:
 		return m.bitmapReader
 	case *sdk.BitmapWriter:
@@ -357,4 +359,17 @@ func (m *Image) ReadBitmap(ctx context.Context, name string, yield func([]sdk.Ru
 func (m *Image) WriteBitmap(ctx context.Context, b sdk.BitmapInfo, runs []sdk.Run) error {
 	_, err := m.format.rpc.WriteBitmap(ctx, &pb.WriteBitmapRequest{Image: m.id, Bitmap: wire.Bitmap(b), Runs: wire.Runs(runs)})
 	return wire.FromStatus(err)
+}
+
+// Inspect implements sdk.Inspector.
+func (m *Image) Inspect(ctx context.Context) (*sdk.Inspection, error) {
+	r, err := m.format.rpc.InspectImage(ctx, &pb.InspectImageRequest{Image: m.id})
+	if err != nil {
+		return nil, wire.FromStatus(err)
+	}
+	in := &sdk.Inspection{Features: r.GetFeatures()}
+	for _, f := range r.GetFindings() {
+		in.Findings = append(in.Findings, sdk.Finding{Rule: f.GetRule(), Text: f.GetText()})
+	}
+	return in, nil
 }

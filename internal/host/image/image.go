@@ -385,11 +385,16 @@ func (o *Opener) choose(path string, file *os.File, format string) (*discover.Pl
 	if len(matches) == 0 {
 		return nil, fmt.Errorf("no installed format recognises it: %w", sdk.ErrNotFormat)
 	}
-	if err := o.Gate.Ambiguous(path, names(matches)); err != nil {
+	taken := matches[0].Plugin.Manifest.Name
+	fits := certain(matches)
+	if matches[0].Fallback && len(fits) > 0 {
+		fits = append(fits, taken)
+	}
+	if err := o.Gate.Ambiguous(path, fits); err != nil {
 		return nil, err
 	}
-	if matches[0].Score > 1 && len(certain(matches)) > 1 && o.Warn != nil {
-		o.Warn(fmt.Sprintf("%s could be any of %v; taken as %s (-f chooses)", path, certain(matches), matches[0].Plugin.Manifest.Name))
+	if !matches[0].Fallback && len(fits) > 1 && o.Warn != nil {
+		o.Warn(fmt.Sprintf("%s could be any of %s; taken as %s (-f chooses)", path, strings.Join(fits, ", "), taken))
 	}
 	return matches[0].Plugin, opens(matches[0].Plugin)
 }
@@ -399,15 +404,6 @@ func opens(p *discover.Plugin) error {
 		return fmt.Errorf("plugin %s cannot open images: %w", p.Manifest.Name, sdk.ErrUnsupported)
 	}
 	return nil
-}
-
-// names lists the formats that fit, without the fallback where another fits.
-func names(matches []discover.Match) []string {
-	var out []string
-	for _, m := range matches {
-		out = append(out, m.Plugin.Manifest.Name)
-	}
-	return out
 }
 
 // OpenBacking opens the image that a new image at path shall have as its

@@ -185,6 +185,7 @@ func (s *Server) OpenImage(ctx context.Context, r *pb.OpenImageRequest) (*pb.Ope
 	_, resp.Writer = sdk.As[sdk.Writer](img)
 	_, resp.BitmapReader = sdk.As[sdk.BitmapReader](img)
 	_, resp.BitmapWriter = sdk.As[sdk.BitmapWriter](img)
+	_, resp.Inspector = sdk.As[sdk.Inspector](img)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	resp.Image = s.newID()
@@ -365,6 +366,23 @@ func (s *Server) CheckImage(r *pb.CheckImageRequest, stream pb.FormatService_Che
 		return sendErr
 	}
 	return stream.Send(&pb.CheckImageResponse{Result: wire.CheckResult(result)})
+}
+
+// InspectImage says what a gatekeeper should know.
+func (s *Server) InspectImage(ctx context.Context, r *pb.InspectImageRequest) (*pb.InspectImageResponse, error) {
+	i, err := capability[sdk.Inspector](s, r.GetImage())
+	if err != nil {
+		return nil, err
+	}
+	in, err := i.Inspect(ctx)
+	if err != nil {
+		return nil, wire.Status(err)
+	}
+	resp := &pb.InspectImageResponse{Features: in.Features}
+	for _, f := range in.Findings {
+		resp.Findings = append(resp.Findings, &pb.Finding{Rule: f.Rule, Text: f.Text})
+	}
+	return resp, nil
 }
 
 // CloseImage closes an image and its files.

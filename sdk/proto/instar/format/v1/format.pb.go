@@ -1720,6 +1720,7 @@ type OpenImageResponse struct {
 	Writer        bool                   `protobuf:"varint,6,opt,name=writer,proto3" json:"writer,omitempty"`
 	BitmapReader  bool                   `protobuf:"varint,7,opt,name=bitmap_reader,json=bitmapReader,proto3" json:"bitmap_reader,omitempty"`
 	BitmapWriter  bool                   `protobuf:"varint,8,opt,name=bitmap_writer,json=bitmapWriter,proto3" json:"bitmap_writer,omitempty"`
+	Inspector     bool                   `protobuf:"varint,9,opt,name=inspector,proto3" json:"inspector,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1806,6 +1807,13 @@ func (x *OpenImageResponse) GetBitmapReader() bool {
 func (x *OpenImageResponse) GetBitmapWriter() bool {
 	if x != nil {
 		return x.BitmapWriter
+	}
+	return false
+}
+
+func (x *OpenImageResponse) GetInspector() bool {
+	if x != nil {
+		return x.Inspector
 	}
 	return false
 }
@@ -3075,6 +3083,154 @@ func (x *CheckResult) GetCompressedClusters() int64 {
 	return 0
 }
 
+type InspectImageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Image         uint64                 `protobuf:"varint,1,opt,name=image,proto3" json:"image,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InspectImageRequest) Reset() {
+	*x = InspectImageRequest{}
+	mi := &file_instar_format_v1_format_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InspectImageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InspectImageRequest) ProtoMessage() {}
+
+func (x *InspectImageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_instar_format_v1_format_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InspectImageRequest.ProtoReflect.Descriptor instead.
+func (*InspectImageRequest) Descriptor() ([]byte, []int) {
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *InspectImageRequest) GetImage() uint64 {
+	if x != nil {
+		return x.Image
+	}
+	return 0
+}
+
+type InspectImageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Features      []string               `protobuf:"bytes,1,rep,name=features,proto3" json:"features,omitempty"`
+	Findings      []*Finding             `protobuf:"bytes,2,rep,name=findings,proto3" json:"findings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InspectImageResponse) Reset() {
+	*x = InspectImageResponse{}
+	mi := &file_instar_format_v1_format_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InspectImageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InspectImageResponse) ProtoMessage() {}
+
+func (x *InspectImageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_instar_format_v1_format_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InspectImageResponse.ProtoReflect.Descriptor instead.
+func (*InspectImageResponse) Descriptor() ([]byte, []int) {
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *InspectImageResponse) GetFeatures() []string {
+	if x != nil {
+		return x.Features
+	}
+	return nil
+}
+
+func (x *InspectImageResponse) GetFindings() []*Finding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
+type Finding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rule          string                 `protobuf:"bytes,1,opt,name=rule,proto3" json:"rule,omitempty"`
+	Text          string                 `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Finding) Reset() {
+	*x = Finding{}
+	mi := &file_instar_format_v1_format_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Finding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Finding) ProtoMessage() {}
+
+func (x *Finding) ProtoReflect() protoreflect.Message {
+	mi := &file_instar_format_v1_format_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Finding.ProtoReflect.Descriptor instead.
+func (*Finding) Descriptor() ([]byte, []int) {
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *Finding) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *Finding) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 type CloseImageRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Image         uint64                 `protobuf:"varint,1,opt,name=image,proto3" json:"image,omitempty"`
@@ -3084,7 +3240,7 @@ type CloseImageRequest struct {
 
 func (x *CloseImageRequest) Reset() {
 	*x = CloseImageRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[40]
+	mi := &file_instar_format_v1_format_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3096,7 +3252,7 @@ func (x *CloseImageRequest) String() string {
 func (*CloseImageRequest) ProtoMessage() {}
 
 func (x *CloseImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[40]
+	mi := &file_instar_format_v1_format_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3109,7 +3265,7 @@ func (x *CloseImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseImageRequest.ProtoReflect.Descriptor instead.
 func (*CloseImageRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{40}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CloseImageRequest) GetImage() uint64 {
@@ -3127,7 +3283,7 @@ type CloseImageResponse struct {
 
 func (x *CloseImageResponse) Reset() {
 	*x = CloseImageResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[41]
+	mi := &file_instar_format_v1_format_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3139,7 +3295,7 @@ func (x *CloseImageResponse) String() string {
 func (*CloseImageResponse) ProtoMessage() {}
 
 func (x *CloseImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[41]
+	mi := &file_instar_format_v1_format_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3152,7 +3308,7 @@ func (x *CloseImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseImageResponse.ProtoReflect.Descriptor instead.
 func (*CloseImageResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{41}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{44}
 }
 
 type BeginWriteRequest struct {
@@ -3166,7 +3322,7 @@ type BeginWriteRequest struct {
 
 func (x *BeginWriteRequest) Reset() {
 	*x = BeginWriteRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[42]
+	mi := &file_instar_format_v1_format_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3178,7 +3334,7 @@ func (x *BeginWriteRequest) String() string {
 func (*BeginWriteRequest) ProtoMessage() {}
 
 func (x *BeginWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[42]
+	mi := &file_instar_format_v1_format_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3191,7 +3347,7 @@ func (x *BeginWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginWriteRequest.ProtoReflect.Descriptor instead.
 func (*BeginWriteRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{42}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *BeginWriteRequest) GetImage() uint64 {
@@ -3226,7 +3382,7 @@ type BeginWriteResponse struct {
 
 func (x *BeginWriteResponse) Reset() {
 	*x = BeginWriteResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[43]
+	mi := &file_instar_format_v1_format_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3238,7 +3394,7 @@ func (x *BeginWriteResponse) String() string {
 func (*BeginWriteResponse) ProtoMessage() {}
 
 func (x *BeginWriteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[43]
+	mi := &file_instar_format_v1_format_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3251,7 +3407,7 @@ func (x *BeginWriteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginWriteResponse.ProtoReflect.Descriptor instead.
 func (*BeginWriteResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{43}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *BeginWriteResponse) GetUnit() int64 {
@@ -3285,7 +3441,7 @@ type Run struct {
 
 func (x *Run) Reset() {
 	*x = Run{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[44]
+	mi := &file_instar_format_v1_format_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3297,7 +3453,7 @@ func (x *Run) String() string {
 func (*Run) ProtoMessage() {}
 
 func (x *Run) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[44]
+	mi := &file_instar_format_v1_format_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3310,7 +3466,7 @@ func (x *Run) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Run.ProtoReflect.Descriptor instead.
 func (*Run) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{44}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Run) GetOffset() int64 {
@@ -3339,7 +3495,7 @@ type Placement struct {
 
 func (x *Placement) Reset() {
 	*x = Placement{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[45]
+	mi := &file_instar_format_v1_format_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3351,7 +3507,7 @@ func (x *Placement) String() string {
 func (*Placement) ProtoMessage() {}
 
 func (x *Placement) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[45]
+	mi := &file_instar_format_v1_format_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3364,7 +3520,7 @@ func (x *Placement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Placement.ProtoReflect.Descriptor instead.
 func (*Placement) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{45}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Placement) GetOffset() int64 {
@@ -3405,7 +3561,7 @@ type PlaceRunsRequest struct {
 
 func (x *PlaceRunsRequest) Reset() {
 	*x = PlaceRunsRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[46]
+	mi := &file_instar_format_v1_format_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3417,7 +3573,7 @@ func (x *PlaceRunsRequest) String() string {
 func (*PlaceRunsRequest) ProtoMessage() {}
 
 func (x *PlaceRunsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[46]
+	mi := &file_instar_format_v1_format_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3430,7 +3586,7 @@ func (x *PlaceRunsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceRunsRequest.ProtoReflect.Descriptor instead.
 func (*PlaceRunsRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{46}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PlaceRunsRequest) GetImage() uint64 {
@@ -3456,7 +3612,7 @@ type PlaceRunsResponse struct {
 
 func (x *PlaceRunsResponse) Reset() {
 	*x = PlaceRunsResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[47]
+	mi := &file_instar_format_v1_format_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3468,7 +3624,7 @@ func (x *PlaceRunsResponse) String() string {
 func (*PlaceRunsResponse) ProtoMessage() {}
 
 func (x *PlaceRunsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[47]
+	mi := &file_instar_format_v1_format_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3481,7 +3637,7 @@ func (x *PlaceRunsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceRunsResponse.ProtoReflect.Descriptor instead.
 func (*PlaceRunsResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{47}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PlaceRunsResponse) GetPlacements() []*Placement {
@@ -3501,7 +3657,7 @@ type ZeroRunsRequest struct {
 
 func (x *ZeroRunsRequest) Reset() {
 	*x = ZeroRunsRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[48]
+	mi := &file_instar_format_v1_format_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3513,7 +3669,7 @@ func (x *ZeroRunsRequest) String() string {
 func (*ZeroRunsRequest) ProtoMessage() {}
 
 func (x *ZeroRunsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[48]
+	mi := &file_instar_format_v1_format_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3526,7 +3682,7 @@ func (x *ZeroRunsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ZeroRunsRequest.ProtoReflect.Descriptor instead.
 func (*ZeroRunsRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{48}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ZeroRunsRequest) GetImage() uint64 {
@@ -3551,7 +3707,7 @@ type ZeroRunsResponse struct {
 
 func (x *ZeroRunsResponse) Reset() {
 	*x = ZeroRunsResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[49]
+	mi := &file_instar_format_v1_format_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3563,7 +3719,7 @@ func (x *ZeroRunsResponse) String() string {
 func (*ZeroRunsResponse) ProtoMessage() {}
 
 func (x *ZeroRunsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[49]
+	mi := &file_instar_format_v1_format_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3576,7 +3732,7 @@ func (x *ZeroRunsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ZeroRunsResponse.ProtoReflect.Descriptor instead.
 func (*ZeroRunsResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{49}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{52}
 }
 
 // EncodeUnitsRequest names units that stand in the shared window.
@@ -3591,7 +3747,7 @@ type EncodeUnitsRequest struct {
 
 func (x *EncodeUnitsRequest) Reset() {
 	*x = EncodeUnitsRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[50]
+	mi := &file_instar_format_v1_format_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3603,7 +3759,7 @@ func (x *EncodeUnitsRequest) String() string {
 func (*EncodeUnitsRequest) ProtoMessage() {}
 
 func (x *EncodeUnitsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[50]
+	mi := &file_instar_format_v1_format_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3616,7 +3772,7 @@ func (x *EncodeUnitsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncodeUnitsRequest.ProtoReflect.Descriptor instead.
 func (*EncodeUnitsRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{50}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *EncodeUnitsRequest) GetImage() uint64 {
@@ -3651,7 +3807,7 @@ type EncodeUnit struct {
 
 func (x *EncodeUnit) Reset() {
 	*x = EncodeUnit{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[51]
+	mi := &file_instar_format_v1_format_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3663,7 +3819,7 @@ func (x *EncodeUnit) String() string {
 func (*EncodeUnit) ProtoMessage() {}
 
 func (x *EncodeUnit) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[51]
+	mi := &file_instar_format_v1_format_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3676,7 +3832,7 @@ func (x *EncodeUnit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncodeUnit.ProtoReflect.Descriptor instead.
 func (*EncodeUnit) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{51}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *EncodeUnit) GetOffset() int64 {
@@ -3708,7 +3864,7 @@ type EncodeUnitsResponse struct {
 
 func (x *EncodeUnitsResponse) Reset() {
 	*x = EncodeUnitsResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[52]
+	mi := &file_instar_format_v1_format_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3720,7 +3876,7 @@ func (x *EncodeUnitsResponse) String() string {
 func (*EncodeUnitsResponse) ProtoMessage() {}
 
 func (x *EncodeUnitsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[52]
+	mi := &file_instar_format_v1_format_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3733,7 +3889,7 @@ func (x *EncodeUnitsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EncodeUnitsResponse.ProtoReflect.Descriptor instead.
 func (*EncodeUnitsResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{52}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{55}
 }
 
 type FinishWriteRequest struct {
@@ -3745,7 +3901,7 @@ type FinishWriteRequest struct {
 
 func (x *FinishWriteRequest) Reset() {
 	*x = FinishWriteRequest{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[53]
+	mi := &file_instar_format_v1_format_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3757,7 +3913,7 @@ func (x *FinishWriteRequest) String() string {
 func (*FinishWriteRequest) ProtoMessage() {}
 
 func (x *FinishWriteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[53]
+	mi := &file_instar_format_v1_format_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3770,7 +3926,7 @@ func (x *FinishWriteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FinishWriteRequest.ProtoReflect.Descriptor instead.
 func (*FinishWriteRequest) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{53}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *FinishWriteRequest) GetImage() uint64 {
@@ -3788,7 +3944,7 @@ type FinishWriteResponse struct {
 
 func (x *FinishWriteResponse) Reset() {
 	*x = FinishWriteResponse{}
-	mi := &file_instar_format_v1_format_proto_msgTypes[54]
+	mi := &file_instar_format_v1_format_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3800,7 +3956,7 @@ func (x *FinishWriteResponse) String() string {
 func (*FinishWriteResponse) ProtoMessage() {}
 
 func (x *FinishWriteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_instar_format_v1_format_proto_msgTypes[54]
+	mi := &file_instar_format_v1_format_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3813,7 +3969,7 @@ func (x *FinishWriteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FinishWriteResponse.ProtoReflect.Descriptor instead.
 func (*FinishWriteResponse) Descriptor() ([]byte, []int) {
-	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{54}
+	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{57}
 }
 
 var File_instar_format_v1_format_proto protoreflect.FileDescriptor
@@ -3940,7 +4096,7 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"read_write\x18\x02 \x01(\bR\treadWrite\x12\x14\n" +
 	"\x05check\x18\x03 \x01(\bR\x05check\x12\x1a\n" +
 	"\bsnapshot\x18\x04 \x01(\tR\bsnapshot\x12\x12\n" +
-	"\x04name\x18\x05 \x01(\tR\x04name\"\x87\x02\n" +
+	"\x04name\x18\x05 \x01(\tR\x04name\"\xa5\x02\n" +
 	"\x11OpenImageResponse\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\x12*\n" +
 	"\x04info\x18\x02 \x01(\v2\x16.instar.format.v1.InfoR\x04info\x12\x18\n" +
@@ -3949,7 +4105,8 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\battacher\x18\x05 \x01(\bR\battacher\x12\x16\n" +
 	"\x06writer\x18\x06 \x01(\bR\x06writer\x12#\n" +
 	"\rbitmap_reader\x18\a \x01(\bR\fbitmapReader\x12#\n" +
-	"\rbitmap_writer\x18\b \x01(\bR\fbitmapWriter\"^\n" +
+	"\rbitmap_writer\x18\b \x01(\bR\fbitmapWriter\x12\x1c\n" +
+	"\tinspector\x18\t \x01(\bR\tinspector\"^\n" +
 	"\x12AttachFilesRequest\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\x122\n" +
 	"\x05files\x18\x02 \x03(\v2\x1c.instar.format.v1.FileTicketR\x05files\"A\n" +
@@ -4059,7 +4216,15 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\x12allocated_clusters\x18\b \x01(\x03R\x11allocatedClusters\x12/\n" +
 	"\x13fragmented_clusters\x18\t \x01(\x03R\x12fragmentedClusters\x12/\n" +
 	"\x13compressed_clusters\x18\n" +
-	" \x01(\x03R\x12compressedClusters\")\n" +
+	" \x01(\x03R\x12compressedClusters\"+\n" +
+	"\x13InspectImageRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\x04R\x05image\"i\n" +
+	"\x14InspectImageResponse\x12\x1a\n" +
+	"\bfeatures\x18\x01 \x03(\tR\bfeatures\x125\n" +
+	"\bfindings\x18\x02 \x03(\v2\x19.instar.format.v1.FindingR\bfindings\"1\n" +
+	"\aFinding\x12\x12\n" +
+	"\x04rule\x18\x01 \x01(\tR\x04rule\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\")\n" +
 	"\x11CloseImageRequest\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\"\x14\n" +
 	"\x12CloseImageResponse\"m\n" +
@@ -4131,7 +4296,7 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\x0fFIX_UNSPECIFIED\x10\x00\x12\f\n" +
 	"\bFIX_NONE\x10\x01\x12\r\n" +
 	"\tFIX_LEAKS\x10\x02\x12\v\n" +
-	"\aFIX_ALL\x10\x032\xd4\f\n" +
+	"\aFIX_ALL\x10\x032\xb3\r\n" +
 	"\rFormatService\x12Q\n" +
 	"\bDescribe\x12!.instar.format.v1.DescribeRequest\x1a\".instar.format.v1.DescribeResponse\x12W\n" +
 	"\n" +
@@ -4144,7 +4309,8 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\bMapImage\x12!.instar.format.v1.MapImageRequest\x1a\".instar.format.v1.MapImageResponse0\x01\x12`\n" +
 	"\rDecodeExtents\x12&.instar.format.v1.DecodeExtentsRequest\x1a'.instar.format.v1.DecodeExtentsResponse\x12Y\n" +
 	"\n" +
-	"CheckImage\x12#.instar.format.v1.CheckImageRequest\x1a$.instar.format.v1.CheckImageResponse0\x01\x12W\n" +
+	"CheckImage\x12#.instar.format.v1.CheckImageRequest\x1a$.instar.format.v1.CheckImageResponse0\x01\x12]\n" +
+	"\fInspectImage\x12%.instar.format.v1.InspectImageRequest\x1a&.instar.format.v1.InspectImageResponse\x12W\n" +
 	"\n" +
 	"CloseImage\x12#.instar.format.v1.CloseImageRequest\x1a$.instar.format.v1.CloseImageResponse\x12W\n" +
 	"\n" +
@@ -4170,7 +4336,7 @@ func file_instar_format_v1_format_proto_rawDescGZIP() []byte {
 }
 
 var file_instar_format_v1_format_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_instar_format_v1_format_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_instar_format_v1_format_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_instar_format_v1_format_proto_goTypes = []any{
 	(OptionType)(0),               // 0: instar.format.v1.OptionType
 	(Disposition)(0),              // 1: instar.format.v1.Disposition
@@ -4216,42 +4382,45 @@ var file_instar_format_v1_format_proto_goTypes = []any{
 	(*CheckImageRequest)(nil),     // 41: instar.format.v1.CheckImageRequest
 	(*CheckImageResponse)(nil),    // 42: instar.format.v1.CheckImageResponse
 	(*CheckResult)(nil),           // 43: instar.format.v1.CheckResult
-	(*CloseImageRequest)(nil),     // 44: instar.format.v1.CloseImageRequest
-	(*CloseImageResponse)(nil),    // 45: instar.format.v1.CloseImageResponse
-	(*BeginWriteRequest)(nil),     // 46: instar.format.v1.BeginWriteRequest
-	(*BeginWriteResponse)(nil),    // 47: instar.format.v1.BeginWriteResponse
-	(*Run)(nil),                   // 48: instar.format.v1.Run
-	(*Placement)(nil),             // 49: instar.format.v1.Placement
-	(*PlaceRunsRequest)(nil),      // 50: instar.format.v1.PlaceRunsRequest
-	(*PlaceRunsResponse)(nil),     // 51: instar.format.v1.PlaceRunsResponse
-	(*ZeroRunsRequest)(nil),       // 52: instar.format.v1.ZeroRunsRequest
-	(*ZeroRunsResponse)(nil),      // 53: instar.format.v1.ZeroRunsResponse
-	(*EncodeUnitsRequest)(nil),    // 54: instar.format.v1.EncodeUnitsRequest
-	(*EncodeUnit)(nil),            // 55: instar.format.v1.EncodeUnit
-	(*EncodeUnitsResponse)(nil),   // 56: instar.format.v1.EncodeUnitsResponse
-	(*FinishWriteRequest)(nil),    // 57: instar.format.v1.FinishWriteRequest
-	(*FinishWriteResponse)(nil),   // 58: instar.format.v1.FinishWriteResponse
-	nil,                           // 59: instar.format.v1.OptionKey.SynonymsEntry
-	nil,                           // 60: instar.format.v1.BackingInfo.IdentityEntry
-	nil,                           // 61: instar.format.v1.Info.IdentityEntry
+	(*InspectImageRequest)(nil),   // 44: instar.format.v1.InspectImageRequest
+	(*InspectImageResponse)(nil),  // 45: instar.format.v1.InspectImageResponse
+	(*Finding)(nil),               // 46: instar.format.v1.Finding
+	(*CloseImageRequest)(nil),     // 47: instar.format.v1.CloseImageRequest
+	(*CloseImageResponse)(nil),    // 48: instar.format.v1.CloseImageResponse
+	(*BeginWriteRequest)(nil),     // 49: instar.format.v1.BeginWriteRequest
+	(*BeginWriteResponse)(nil),    // 50: instar.format.v1.BeginWriteResponse
+	(*Run)(nil),                   // 51: instar.format.v1.Run
+	(*Placement)(nil),             // 52: instar.format.v1.Placement
+	(*PlaceRunsRequest)(nil),      // 53: instar.format.v1.PlaceRunsRequest
+	(*PlaceRunsResponse)(nil),     // 54: instar.format.v1.PlaceRunsResponse
+	(*ZeroRunsRequest)(nil),       // 55: instar.format.v1.ZeroRunsRequest
+	(*ZeroRunsResponse)(nil),      // 56: instar.format.v1.ZeroRunsResponse
+	(*EncodeUnitsRequest)(nil),    // 57: instar.format.v1.EncodeUnitsRequest
+	(*EncodeUnit)(nil),            // 58: instar.format.v1.EncodeUnit
+	(*EncodeUnitsResponse)(nil),   // 59: instar.format.v1.EncodeUnitsResponse
+	(*FinishWriteRequest)(nil),    // 60: instar.format.v1.FinishWriteRequest
+	(*FinishWriteResponse)(nil),   // 61: instar.format.v1.FinishWriteResponse
+	nil,                           // 62: instar.format.v1.OptionKey.SynonymsEntry
+	nil,                           // 63: instar.format.v1.BackingInfo.IdentityEntry
+	nil,                           // 64: instar.format.v1.Info.IdentityEntry
 }
 var file_instar_format_v1_format_proto_depIdxs = []int32{
 	5,  // 0: instar.format.v1.ErrorDetail.option:type_name -> instar.format.v1.OptionError
 	9,  // 1: instar.format.v1.DescribeResponse.create_schema:type_name -> instar.format.v1.OptionKey
 	0,  // 2: instar.format.v1.OptionKey.type:type_name -> instar.format.v1.OptionType
-	59, // 3: instar.format.v1.OptionKey.synonyms:type_name -> instar.format.v1.OptionKey.SynonymsEntry
+	62, // 3: instar.format.v1.OptionKey.synonyms:type_name -> instar.format.v1.OptionKey.SynonymsEntry
 	1,  // 4: instar.format.v1.OptionKey.disposition:type_name -> instar.format.v1.Disposition
 	0,  // 5: instar.format.v1.OptionValue.type:type_name -> instar.format.v1.OptionType
-	60, // 6: instar.format.v1.BackingInfo.identity:type_name -> instar.format.v1.BackingInfo.IdentityEntry
+	63, // 6: instar.format.v1.BackingInfo.identity:type_name -> instar.format.v1.BackingInfo.IdentityEntry
 	33, // 7: instar.format.v1.BackingInfo.specific:type_name -> instar.format.v1.Fact
 	10, // 8: instar.format.v1.PlanCreateRequest.options:type_name -> instar.format.v1.OptionValue
 	11, // 9: instar.format.v1.PlanCreateRequest.backing:type_name -> instar.format.v1.BackingInfo
 	2,  // 10: instar.format.v1.PlannedFile.preallocation:type_name -> instar.format.v1.Preallocation
 	10, // 11: instar.format.v1.PlanCreateResponse.options:type_name -> instar.format.v1.OptionValue
 	13, // 12: instar.format.v1.PlanCreateResponse.files:type_name -> instar.format.v1.PlannedFile
-	48, // 13: instar.format.v1.ReadBitmapResponse.runs:type_name -> instar.format.v1.Run
+	51, // 13: instar.format.v1.ReadBitmapResponse.runs:type_name -> instar.format.v1.Run
 	15, // 14: instar.format.v1.WriteBitmapRequest.bitmap:type_name -> instar.format.v1.BitmapInfo
-	48, // 15: instar.format.v1.WriteBitmapRequest.runs:type_name -> instar.format.v1.Run
+	51, // 15: instar.format.v1.WriteBitmapRequest.runs:type_name -> instar.format.v1.Run
 	15, // 16: instar.format.v1.MeasurePlanRequest.bitmaps:type_name -> instar.format.v1.BitmapInfo
 	6,  // 17: instar.format.v1.EmitPlanRequest.files:type_name -> instar.format.v1.FileTicket
 	6,  // 18: instar.format.v1.OpenImageRequest.files:type_name -> instar.format.v1.FileTicket
@@ -4261,7 +4430,7 @@ var file_instar_format_v1_format_proto_depIdxs = []int32{
 	31, // 22: instar.format.v1.Info.references:type_name -> instar.format.v1.Reference
 	32, // 23: instar.format.v1.Info.snapshots:type_name -> instar.format.v1.Snapshot
 	33, // 24: instar.format.v1.Info.specific:type_name -> instar.format.v1.Fact
-	61, // 25: instar.format.v1.Info.identity:type_name -> instar.format.v1.Info.IdentityEntry
+	64, // 25: instar.format.v1.Info.identity:type_name -> instar.format.v1.Info.IdentityEntry
 	15, // 26: instar.format.v1.Info.bitmaps:type_name -> instar.format.v1.BitmapInfo
 	34, // 27: instar.format.v1.Fact.object:type_name -> instar.format.v1.Facts
 	34, // 28: instar.format.v1.Fact.list:type_name -> instar.format.v1.Facts
@@ -4271,51 +4440,54 @@ var file_instar_format_v1_format_proto_depIdxs = []int32{
 	4,  // 32: instar.format.v1.DecodeFailure.detail:type_name -> instar.format.v1.ErrorDetail
 	3,  // 33: instar.format.v1.CheckImageRequest.fix:type_name -> instar.format.v1.Fix
 	43, // 34: instar.format.v1.CheckImageResponse.result:type_name -> instar.format.v1.CheckResult
-	48, // 35: instar.format.v1.PlaceRunsRequest.runs:type_name -> instar.format.v1.Run
-	49, // 36: instar.format.v1.PlaceRunsResponse.placements:type_name -> instar.format.v1.Placement
-	48, // 37: instar.format.v1.ZeroRunsRequest.runs:type_name -> instar.format.v1.Run
-	55, // 38: instar.format.v1.EncodeUnitsRequest.units:type_name -> instar.format.v1.EncodeUnit
-	7,  // 39: instar.format.v1.FormatService.Describe:input_type -> instar.format.v1.DescribeRequest
-	12, // 40: instar.format.v1.FormatService.PlanCreate:input_type -> instar.format.v1.PlanCreateRequest
-	20, // 41: instar.format.v1.FormatService.MeasurePlan:input_type -> instar.format.v1.MeasurePlanRequest
-	22, // 42: instar.format.v1.FormatService.EmitPlan:input_type -> instar.format.v1.EmitPlanRequest
-	24, // 43: instar.format.v1.FormatService.ReleasePlan:input_type -> instar.format.v1.ReleasePlanRequest
-	26, // 44: instar.format.v1.FormatService.OpenImage:input_type -> instar.format.v1.OpenImageRequest
-	28, // 45: instar.format.v1.FormatService.AttachFiles:input_type -> instar.format.v1.AttachFilesRequest
-	35, // 46: instar.format.v1.FormatService.MapImage:input_type -> instar.format.v1.MapImageRequest
-	37, // 47: instar.format.v1.FormatService.DecodeExtents:input_type -> instar.format.v1.DecodeExtentsRequest
-	41, // 48: instar.format.v1.FormatService.CheckImage:input_type -> instar.format.v1.CheckImageRequest
-	44, // 49: instar.format.v1.FormatService.CloseImage:input_type -> instar.format.v1.CloseImageRequest
-	46, // 50: instar.format.v1.FormatService.BeginWrite:input_type -> instar.format.v1.BeginWriteRequest
-	50, // 51: instar.format.v1.FormatService.PlaceRuns:input_type -> instar.format.v1.PlaceRunsRequest
-	52, // 52: instar.format.v1.FormatService.ZeroRuns:input_type -> instar.format.v1.ZeroRunsRequest
-	54, // 53: instar.format.v1.FormatService.EncodeUnits:input_type -> instar.format.v1.EncodeUnitsRequest
-	57, // 54: instar.format.v1.FormatService.FinishWrite:input_type -> instar.format.v1.FinishWriteRequest
-	16, // 55: instar.format.v1.FormatService.ReadBitmap:input_type -> instar.format.v1.ReadBitmapRequest
-	18, // 56: instar.format.v1.FormatService.WriteBitmap:input_type -> instar.format.v1.WriteBitmapRequest
-	8,  // 57: instar.format.v1.FormatService.Describe:output_type -> instar.format.v1.DescribeResponse
-	14, // 58: instar.format.v1.FormatService.PlanCreate:output_type -> instar.format.v1.PlanCreateResponse
-	21, // 59: instar.format.v1.FormatService.MeasurePlan:output_type -> instar.format.v1.MeasurePlanResponse
-	23, // 60: instar.format.v1.FormatService.EmitPlan:output_type -> instar.format.v1.EmitPlanResponse
-	25, // 61: instar.format.v1.FormatService.ReleasePlan:output_type -> instar.format.v1.ReleasePlanResponse
-	27, // 62: instar.format.v1.FormatService.OpenImage:output_type -> instar.format.v1.OpenImageResponse
-	29, // 63: instar.format.v1.FormatService.AttachFiles:output_type -> instar.format.v1.AttachFilesResponse
-	36, // 64: instar.format.v1.FormatService.MapImage:output_type -> instar.format.v1.MapImageResponse
-	39, // 65: instar.format.v1.FormatService.DecodeExtents:output_type -> instar.format.v1.DecodeExtentsResponse
-	42, // 66: instar.format.v1.FormatService.CheckImage:output_type -> instar.format.v1.CheckImageResponse
-	45, // 67: instar.format.v1.FormatService.CloseImage:output_type -> instar.format.v1.CloseImageResponse
-	47, // 68: instar.format.v1.FormatService.BeginWrite:output_type -> instar.format.v1.BeginWriteResponse
-	51, // 69: instar.format.v1.FormatService.PlaceRuns:output_type -> instar.format.v1.PlaceRunsResponse
-	53, // 70: instar.format.v1.FormatService.ZeroRuns:output_type -> instar.format.v1.ZeroRunsResponse
-	56, // 71: instar.format.v1.FormatService.EncodeUnits:output_type -> instar.format.v1.EncodeUnitsResponse
-	58, // 72: instar.format.v1.FormatService.FinishWrite:output_type -> instar.format.v1.FinishWriteResponse
-	17, // 73: instar.format.v1.FormatService.ReadBitmap:output_type -> instar.format.v1.ReadBitmapResponse
-	19, // 74: instar.format.v1.FormatService.WriteBitmap:output_type -> instar.format.v1.WriteBitmapResponse
-	57, // [57:75] is the sub-list for method output_type
-	39, // [39:57] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	46, // 35: instar.format.v1.InspectImageResponse.findings:type_name -> instar.format.v1.Finding
+	51, // 36: instar.format.v1.PlaceRunsRequest.runs:type_name -> instar.format.v1.Run
+	52, // 37: instar.format.v1.PlaceRunsResponse.placements:type_name -> instar.format.v1.Placement
+	51, // 38: instar.format.v1.ZeroRunsRequest.runs:type_name -> instar.format.v1.Run
+	58, // 39: instar.format.v1.EncodeUnitsRequest.units:type_name -> instar.format.v1.EncodeUnit
+	7,  // 40: instar.format.v1.FormatService.Describe:input_type -> instar.format.v1.DescribeRequest
+	12, // 41: instar.format.v1.FormatService.PlanCreate:input_type -> instar.format.v1.PlanCreateRequest
+	20, // 42: instar.format.v1.FormatService.MeasurePlan:input_type -> instar.format.v1.MeasurePlanRequest
+	22, // 43: instar.format.v1.FormatService.EmitPlan:input_type -> instar.format.v1.EmitPlanRequest
+	24, // 44: instar.format.v1.FormatService.ReleasePlan:input_type -> instar.format.v1.ReleasePlanRequest
+	26, // 45: instar.format.v1.FormatService.OpenImage:input_type -> instar.format.v1.OpenImageRequest
+	28, // 46: instar.format.v1.FormatService.AttachFiles:input_type -> instar.format.v1.AttachFilesRequest
+	35, // 47: instar.format.v1.FormatService.MapImage:input_type -> instar.format.v1.MapImageRequest
+	37, // 48: instar.format.v1.FormatService.DecodeExtents:input_type -> instar.format.v1.DecodeExtentsRequest
+	41, // 49: instar.format.v1.FormatService.CheckImage:input_type -> instar.format.v1.CheckImageRequest
+	44, // 50: instar.format.v1.FormatService.InspectImage:input_type -> instar.format.v1.InspectImageRequest
+	47, // 51: instar.format.v1.FormatService.CloseImage:input_type -> instar.format.v1.CloseImageRequest
+	49, // 52: instar.format.v1.FormatService.BeginWrite:input_type -> instar.format.v1.BeginWriteRequest
+	53, // 53: instar.format.v1.FormatService.PlaceRuns:input_type -> instar.format.v1.PlaceRunsRequest
+	55, // 54: instar.format.v1.FormatService.ZeroRuns:input_type -> instar.format.v1.ZeroRunsRequest
+	57, // 55: instar.format.v1.FormatService.EncodeUnits:input_type -> instar.format.v1.EncodeUnitsRequest
+	60, // 56: instar.format.v1.FormatService.FinishWrite:input_type -> instar.format.v1.FinishWriteRequest
+	16, // 57: instar.format.v1.FormatService.ReadBitmap:input_type -> instar.format.v1.ReadBitmapRequest
+	18, // 58: instar.format.v1.FormatService.WriteBitmap:input_type -> instar.format.v1.WriteBitmapRequest
+	8,  // 59: instar.format.v1.FormatService.Describe:output_type -> instar.format.v1.DescribeResponse
+	14, // 60: instar.format.v1.FormatService.PlanCreate:output_type -> instar.format.v1.PlanCreateResponse
+	21, // 61: instar.format.v1.FormatService.MeasurePlan:output_type -> instar.format.v1.MeasurePlanResponse
+	23, // 62: instar.format.v1.FormatService.EmitPlan:output_type -> instar.format.v1.EmitPlanResponse
+	25, // 63: instar.format.v1.FormatService.ReleasePlan:output_type -> instar.format.v1.ReleasePlanResponse
+	27, // 64: instar.format.v1.FormatService.OpenImage:output_type -> instar.format.v1.OpenImageResponse
+	29, // 65: instar.format.v1.FormatService.AttachFiles:output_type -> instar.format.v1.AttachFilesResponse
+	36, // 66: instar.format.v1.FormatService.MapImage:output_type -> instar.format.v1.MapImageResponse
+	39, // 67: instar.format.v1.FormatService.DecodeExtents:output_type -> instar.format.v1.DecodeExtentsResponse
+	42, // 68: instar.format.v1.FormatService.CheckImage:output_type -> instar.format.v1.CheckImageResponse
+	45, // 69: instar.format.v1.FormatService.InspectImage:output_type -> instar.format.v1.InspectImageResponse
+	48, // 70: instar.format.v1.FormatService.CloseImage:output_type -> instar.format.v1.CloseImageResponse
+	50, // 71: instar.format.v1.FormatService.BeginWrite:output_type -> instar.format.v1.BeginWriteResponse
+	54, // 72: instar.format.v1.FormatService.PlaceRuns:output_type -> instar.format.v1.PlaceRunsResponse
+	56, // 73: instar.format.v1.FormatService.ZeroRuns:output_type -> instar.format.v1.ZeroRunsResponse
+	59, // 74: instar.format.v1.FormatService.EncodeUnits:output_type -> instar.format.v1.EncodeUnitsResponse
+	61, // 75: instar.format.v1.FormatService.FinishWrite:output_type -> instar.format.v1.FinishWriteResponse
+	17, // 76: instar.format.v1.FormatService.ReadBitmap:output_type -> instar.format.v1.ReadBitmapResponse
+	19, // 77: instar.format.v1.FormatService.WriteBitmap:output_type -> instar.format.v1.WriteBitmapResponse
+	59, // [59:78] is the sub-list for method output_type
+	40, // [40:59] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_instar_format_v1_format_proto_init() }
@@ -4338,7 +4510,7 @@ func file_instar_format_v1_format_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_instar_format_v1_format_proto_rawDesc), len(file_instar_format_v1_format_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   58,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -35,6 +35,7 @@ const (
 	FormatService_MapImage_FullMethodName      = "/instar.format.v1.FormatService/MapImage"
 	FormatService_DecodeExtents_FullMethodName = "/instar.format.v1.FormatService/DecodeExtents"
 	FormatService_CheckImage_FullMethodName    = "/instar.format.v1.FormatService/CheckImage"
+	FormatService_InspectImage_FullMethodName  = "/instar.format.v1.FormatService/InspectImage"
 	FormatService_CloseImage_FullMethodName    = "/instar.format.v1.FormatService/CloseImage"
 	FormatService_BeginWrite_FullMethodName    = "/instar.format.v1.FormatService/BeginWrite"
 	FormatService_PlaceRuns_FullMethodName     = "/instar.format.v1.FormatService/PlaceRuns"
@@ -66,6 +67,7 @@ type FormatServiceClient interface {
 	MapImage(ctx context.Context, in *MapImageRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[MapImageResponse], error)
 	DecodeExtents(ctx context.Context, in *DecodeExtentsRequest, opts ...grpc.CallOption) (*DecodeExtentsResponse, error)
 	CheckImage(ctx context.Context, in *CheckImageRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CheckImageResponse], error)
+	InspectImage(ctx context.Context, in *InspectImageRequest, opts ...grpc.CallOption) (*InspectImageResponse, error)
 	CloseImage(ctx context.Context, in *CloseImageRequest, opts ...grpc.CallOption) (*CloseImageResponse, error)
 	// Writing guest data: BeginWrite, then the others, then FinishWrite.
 	BeginWrite(ctx context.Context, in *BeginWriteRequest, opts ...grpc.CallOption) (*BeginWriteResponse, error)
@@ -203,6 +205,16 @@ func (c *formatServiceClient) CheckImage(ctx context.Context, in *CheckImageRequ
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type FormatService_CheckImageClient = grpc.ServerStreamingClient[CheckImageResponse]
 
+func (c *formatServiceClient) InspectImage(ctx context.Context, in *InspectImageRequest, opts ...grpc.CallOption) (*InspectImageResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(InspectImageResponse)
+	err := c.cc.Invoke(ctx, FormatService_InspectImage_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *formatServiceClient) CloseImage(ctx context.Context, in *CloseImageRequest, opts ...grpc.CallOption) (*CloseImageResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CloseImageResponse)
@@ -313,6 +325,7 @@ type FormatServiceServer interface {
 	MapImage(*MapImageRequest, grpc.ServerStreamingServer[MapImageResponse]) error
 	DecodeExtents(context.Context, *DecodeExtentsRequest) (*DecodeExtentsResponse, error)
 	CheckImage(*CheckImageRequest, grpc.ServerStreamingServer[CheckImageResponse]) error
+	InspectImage(context.Context, *InspectImageRequest) (*InspectImageResponse, error)
 	CloseImage(context.Context, *CloseImageRequest) (*CloseImageResponse, error)
 	// Writing guest data: BeginWrite, then the others, then FinishWrite.
 	BeginWrite(context.Context, *BeginWriteRequest) (*BeginWriteResponse, error)
@@ -361,6 +374,9 @@ func (UnimplementedFormatServiceServer) DecodeExtents(context.Context, *DecodeEx
 }
 func (UnimplementedFormatServiceServer) CheckImage(*CheckImageRequest, grpc.ServerStreamingServer[CheckImageResponse]) error {
 	return status.Error(codes.Unimplemented, "method CheckImage not implemented")
+}
+func (UnimplementedFormatServiceServer) InspectImage(context.Context, *InspectImageRequest) (*InspectImageResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method InspectImage not implemented")
 }
 func (UnimplementedFormatServiceServer) CloseImage(context.Context, *CloseImageRequest) (*CloseImageResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CloseImage not implemented")
@@ -573,6 +589,24 @@ func _FormatService_CheckImage_Handler(srv interface{}, stream grpc.ServerStream
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type FormatService_CheckImageServer = grpc.ServerStreamingServer[CheckImageResponse]
 
+func _FormatService_InspectImage_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(InspectImageRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FormatServiceServer).InspectImage(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FormatService_InspectImage_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FormatServiceServer).InspectImage(ctx, req.(*InspectImageRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _FormatService_CloseImage_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(CloseImageRequest)
 	if err := dec(in); err != nil {
@@ -748,6 +782,10 @@ var FormatService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DecodeExtents",
 			Handler:    _FormatService_DecodeExtents_Handler,
+		},
+		{
+			MethodName: "InspectImage",
+			Handler:    _FormatService_InspectImage_Handler,
 		},
 		{
 			MethodName: "CloseImage",
