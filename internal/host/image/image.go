@@ -313,8 +313,14 @@ func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, fi
 	if layer.Info, err = layer.Image.Info(ctx); err != nil {
 		return nil, err
 	}
+	if layer.Info.Encrypted && !opts.Describe && !opts.Check {
+		return nil, errEncrypted
+	}
 	return layer, o.attach(ctx, walk, layer, opts)
 }
+
+// errEncrypted has qemu-img's words for an image whose data nobody here can read.
+var errEncrypted = &sdk.Error{Text: "Parameter 'encrypt.key-secret' is required for cipher", Class: sdk.ErrUnsupported}
 
 // lock takes QEMU's locks on a file, unless -U was given.
 func (o *Opener) lock(file *os.File, path string, readWrite bool) error {
