@@ -329,6 +329,9 @@ func encodeHeader(h header, ext []extension, backing string) ([]byte, error) {
 	}
 	tail = appendExtension(tail, extension{kind: extEnd})
 	fixed := len(h.append(nil))
+	if h.version >= 3 {
+		h.length = uint32(fixed)
+	}
 	if backing != "" {
 		h.backingOffset = uint64(fixed + len(tail))
 		h.backingSize = uint32(len(backing))

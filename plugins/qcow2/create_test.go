@@ -83,7 +83,11 @@ func qemuCreate(t testing.TB, path string, size int64, opts string) (string, err
 	if opts != "" {
 		args = append(args, "-o", opts)
 	}
-	out, err := exec.Command("qemu-img", append(args, path, fmt.Sprint(size))...).CombinedOutput()
+	return qemuCommand(append(args, path, fmt.Sprint(size))...)
+}
+
+func qemuCommand(args ...string) (string, error) {
+	out, err := exec.Command("qemu-img", args...).CombinedOutput()
 	return string(out), err
 }
 

@@ -6,55 +6,48 @@ import (
 	"github.com/instar-img/instar/sdk"
 )
 
-// Measure computes the file's length when so many guest clusters hold data.
-// Like qemu-img's it has the metadata of a fully allocated image in both.
+// Measure computes what qemu-img measure does: the metadata of a fully
+// allocated image, whatever is in it, and the guest clusters that hold data.
 func (p *plan) Measure(_ context.Context, req sdk.MeasureRequest) (sdk.MeasureResult, error) {
-	clusters := p.g.clusters(p.size)
-	tables := divUp(clusters, p.g.l2Entries)
-	l1 := divUp(tables*8, p.g.clusterSize)
-	used := 1 + tables + l1 + clusters // with the header
-	full := (used + refcountClusters(p.g, used)) * p.g.clusterSize
+	g := &p.g
+	clusters := g.clusters(p.size)
+	// Whole L2 tables, whole clusters of L1 table, one of header.
+	tables := divUp(clusters, g.l2Entries)
+	meta := 1 + tables + divUp(tables*8, g.clusterSize)
+	blocks, reftable := g.refcountMetadata(meta+clusters, false)
+	meta += blocks + reftable
 
-	data := clusters
-	if p.prealloc == "off" || p.prealloc == "metadata" {
-		data = min(req.AllocatedUnits, clusters)
+	data := min(req.AllocatedUnits, clusters)
+	if p.prealloc == "falloc" || p.prealloc == "full" {
+		data = clusters
 	}
-	result := sdk.MeasureResult{
-		Required:       full - (clusters-data)*p.g.clusterSize,
-		FullyAllocated: full,
+	r := sdk.MeasureResult{
+		Required:       (meta + data) * g.clusterSize,
+		FullyAllocated: (meta + clusters) * g.clusterSize,
 		Bitmaps:        -1,
 	}
 	if p.version >= 3 {
-		result.Bitmaps = p.measureBitmaps(req.Bitmaps)
+		r.Bitmaps = g.bitmapsSpace(p.size, req.Bitmaps)
 	}
-	return result, nil
+	return r, nil
 }
 
-// refcountClusters returns the clusters of refcount table and blocks that count
-// used clusters and themselves.
-func refcountClusters(g geometry, used int64) int64 {
-	blocks, table := int64(0), int64(0)
-	for {
-		b := divUp(used+blocks+table, g.blockEntries)
-		t := divUp(b*8, g.clusterSize)
-		if b == blocks && t == table {
-			return blocks + table
-		}
-		blocks, table = b, t
-	}
-}
-
-// measureBitmaps returns the bytes of bitmaps of which every bit is set: their
-// data, their tables, and the directory.
-func (p *plan) measureBitmaps(bitmaps []sdk.BitmapInfo) int64 {
+// bitmapsSpace returns the host bytes of fully allocated bitmaps, their tables
+// and their directory. Inconsistent ones are not copied.
+func (g *geometry) bitmapsSpace(size int64, bitmaps []sdk.BitmapInfo) int64 {
 	var clusters, directory int64
 	for _, b := range bitmaps {
-		if b.Inconsistent {
-			continue // not copied
+		if b.Inconsistent || b.Granularity <= 0 {
+			continue
 		}
-		data := divUp(divUp(divUp(p.size, max(1, b.Granularity)), 8), p.g.clusterSize)
-		clusters += data + divUp(data*8, p.g.clusterSize)
+		n := g.bitmapClusters(size, b.Granularity)
+		clusters += n + g.clusters(n*8)
 		directory += divUp(bitmapFixed+int64(len(b.Name)), 8) * 8
 	}
-	return (clusters + divUp(directory, p.g.clusterSize)) * p.g.clusterSize
+	return (clusters + g.clusters(directory)) * g.clusterSize
+}
+
+// bitmapClusters returns how many clusters the bits of a disk take.
+func (g *geometry) bitmapClusters(size, granularity int64) int64 {
+	return g.clusters(divUp(divUp(size, granularity), 8))
 }

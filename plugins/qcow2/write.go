@@ -27,6 +27,9 @@ type writer struct {
 	out     batch
 	pack    int64 // where the next compressed cluster begins; 0: anywhere
 	encoder encoder
+
+	bitmaps   []*newBitmap
+	newHeader bool // the whole header cluster must be written
 }
 
 type l2Table struct {
@@ -618,6 +621,9 @@ func (w *writer) finish() error {
 	if err := w.staleBitmaps(); err != nil {
 		return err
 	}
+	if err := w.storeBitmaps(); err != nil {
+		return err
+	}
 	if err := w.s.flush(); err != nil {
 		return err
 	}
@@ -629,16 +635,8 @@ func (w *writer) finish() error {
 	if err := w.writeL1(); err != nil {
 		return err
 	}
-	b := binary.BigEndian.AppendUint64(nil, im.h.reftableOffset)
-	b = binary.BigEndian.AppendUint32(b, im.h.reftableClusters)
-	if _, err := im.main.WriteAt(b, fieldReftable); err != nil {
+	if err := w.writeHeader(); err != nil {
 		return err
-	}
-	if unknown := im.h.autoclear &^ autoclearKnown; unknown != 0 {
-		im.h.autoclear &^= unknown
-		if _, err := im.main.WriteAt(binary.BigEndian.AppendUint64(nil, im.h.autoclear), fieldAutoclear); err != nil {
-			return err
-		}
 	}
 	// The last cluster may be cut, compressed ones are read in sectors.
 	size, err := im.main.Size()
@@ -651,6 +649,31 @@ func (w *writer) finish() error {
 		}
 	}
 	return im.setIncompatible(im.h.incompatible &^ incompatDirty)
+}
+
+// writeHeader writes what changed of the header, or all of it.
+func (w *writer) writeHeader() error {
+	im := w.im
+	autoclear := im.h.autoclear
+	im.h.autoclear &= autoclearKnown
+	if w.newHeader {
+		b, err := encodeHeader(im.h, im.ext, im.backing)
+		if err != nil {
+			return err
+		}
+		_, err = im.main.WriteAt(b, 0)
+		return err
+	}
+	b := binary.BigEndian.AppendUint64(nil, im.h.reftableOffset)
+	b = binary.BigEndian.AppendUint32(b, im.h.reftableClusters)
+	if _, err := im.main.WriteAt(b, fieldReftable); err != nil {
+		return err
+	}
+	if im.h.version < 3 || autoclear == im.h.autoclear {
+		return nil
+	}
+	_, err := im.main.WriteAt(binary.BigEndian.AppendUint64(nil, im.h.autoclear), fieldAutoclear)
+	return err
 }
 
 func (w *writer) writeL1() error {

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -230,4 +231,90 @@ func TestWriteErrors(t *testing.T) {
 		t.Error("second Finish succeeded")
 	}
 	formattest.Oracle(t, "qemu-img", "check", "-q", path)
+}
+
+// TestBitmaps copies bitmaps from images that qemu made, as convert does.
+func TestBitmaps(t *testing.T) {
+	ctx := context.Background()
+	for n, opts := range []string{"", "cluster_size=512", "cluster_size=4k"} {
+		t.Run(strings.ReplaceAll(opts, "=", "-"), func(t *testing.T) {
+			r := rand.New(rand.NewPCG(uint64(n), 17))
+			dir := memoryDir(t)
+			const size = 40<<20 + 512
+			from := filepath.Join(dir, "from.qcow2")
+			formattest.Oracle(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=64k", from, fmt.Sprint(size))
+			for _, b := range [][2]string{{"fine", "512"}, {"coarse", "1M"}, {"usual", "65536"}} {
+				formattest.Oracle(t, "qemu-img", "bitmap", "--add", "-g", b[1], from, b[0])
+			}
+			qemuWrites(t, r, from, size, 60)
+			formattest.Oracle(t, "qemu-img", "bitmap", "--disable", from, "coarse")
+			formattest.Oracle(t, "qemu-img", "bitmap", "--add", from, "empty")
+
+			want := formattest.Open(t, New(), from, false)
+			path := formattest.Create(t, New(), dir, "to.qcow2", size, opts)
+			im, _, _ := writing(t, path, false)
+			source := want.Image.(*image)
+			for _, b := range want.Info.Bitmaps {
+				if err := im.WriteBitmap(ctx, b, nil); err != nil {
+					t.Fatal(err)
+				}
+				err := source.ReadBitmap(ctx, b.Name, func(runs []sdk.Run) bool {
+					if err := im.WriteBitmap(ctx, b, runs); err != nil {
+						t.Error(err)
+					}
+					return true
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := im.Finish(ctx); err != nil {
+				t.Fatal(err)
+			}
+			formattest.Oracle(t, "qemu-img", "check", "-q", path)
+			// qemu copies them again: what it reads is what it wrote itself.
+			for _, from := range []string{from, path} {
+				formattest.Oracle(t, "qemu-img", "convert", "--bitmaps", "-O", "qcow2", from, from+".again")
+			}
+			a, b := formattest.Open(t, New(), from+".again", false), formattest.Open(t, New(), path+".again", false)
+			if fmt.Sprint(a.Info.Bitmaps) != fmt.Sprint(b.Info.Bitmaps) || len(a.Info.Bitmaps) != 4 {
+				t.Errorf("bitmaps %v, want %v", b.Info.Bitmaps, a.Info.Bitmaps)
+			}
+			for _, bm := range a.Info.Bitmaps {
+				x, y := bitmapRuns(t, a, bm.Name), bitmapRuns(t, b, bm.Name)
+				if x != y || (x == "[]") != (bm.Name == "empty") {
+					t.Errorf("%s: %.300s, want %.300s", bm.Name, y, x)
+				}
+			}
+		})
+	}
+}
+
+// TestReadBitmap reads a bitmap whose content is known.
+func TestReadBitmap(t *testing.T) {
+	path := filepath.Join(memoryDir(t), "a.qcow2")
+	formattest.Oracle(t, "qemu-img", "create", "-q", "-f", "qcow2", path, "1G")
+	formattest.Oracle(t, "qemu-img", "bitmap", "--add", "-g", "512", path, "b")
+	formattest.Oracle(t, "qemu-io", "-c", "write -q 512 512", "-c", "write -q 512k 3k", "-c", "write -q 300M 1M", "-c", "write -q 1073741312 512", path)
+	want := "[{512 512} {524288 3072} {314572800 1048576} {1073741312 512}]"
+	if got := bitmapRuns(t, formattest.Open(t, New(), path, false), "b"); got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	im := openImage(t, path)
+	if err := im.ReadBitmap(context.Background(), "c", nil); !errors.Is(err, sdk.ErrNotFound) {
+		t.Errorf("bitmap that is not there: %v", err)
+	}
+}
+
+func bitmapRuns(t *testing.T, o *formattest.Opened, name string) string {
+	t.Helper()
+	all := []sdk.Run{}
+	err := o.Image.(*image).ReadBitmap(context.Background(), name, func(runs []sdk.Run) bool {
+		all = append(all, runs...)
+		return true
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprint(all)
 }
