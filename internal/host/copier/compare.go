@@ -3,254 +3,305 @@ package copier
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"sync"
-	"sync/atomic"
 
 	"github.com/instar-img/instar/sdk/client"
 )
 
-// Difference is the first one between two disks.
-type Difference struct {
-	Offset int64 // guest offset, of a sector where content differs
-	// Status: the content is the same so far, but one disk stores what the
-	// other does not (CompareOptions.Strict).
-	Status bool
-}
-
 // CompareOptions say how to compare.
 type CompareOptions struct {
-	// Strict takes a range for different too that only one disk stores, or that
-	// they store in different ways.
-	Strict  bool
-	Workers int // 0: 2
-	// Progress is told how much of the larger disk is done. It may be called
-	// from several goroutines.
+	// Strict wants equal sizes, and each range stored in the same way.
+	Strict bool
+	// Progress is told how much of the disks is done. It may be called from
+	// several goroutines.
 	Progress func(done, total int64)
 }
 
-// ReadError says which of the compared disks could not be read.
-type ReadError struct {
-	Disk   int // 0: the first, 1: the second
+// Verdict is what Compare found.
+type Verdict uint8
+
+const (
+	Identical        Verdict = iota // beyond the end of the shorter one the other is all zeros
+	DifferentSize                   // Strict: nothing else was looked at
+	DifferentStatus                 // Strict: one stores a range otherwise than the other
+	DifferentContent                // at Comparison.Offset, rounded down to a sector
+)
+
+// Comparison is the outcome of Compare.
+type Comparison struct {
+	Verdict Verdict
+	Offset  int64 // guest offset of the first difference
+}
+
+// CompareError is a failure to read one of the two disks.
+type CompareError struct {
+	Second bool
+	Map    bool // where its bytes lie could not be told
 	Offset int64
 	Err    error
 }
 
-func (e *ReadError) Error() string {
-	return fmt.Sprintf("offset %d of disk %d: %v", e.Offset, e.Disk+1, e.Err)
-}
-func (e *ReadError) Unwrap() error { return e.Err }
+func (e *CompareError) Error() string { return fmt.Sprintf("guest offset %d: %v", e.Offset, e.Err) }
+func (e *CompareError) Unwrap() error { return e.Err }
 
-// compareCell is how much is compared at a time: two of them stay in a core's
-// cache.
-const compareCell = 256 << 10
+const (
+	// compareSize is how much of each disk is compared at a time.
+	compareSize = 1 << 20
+	// comparePieces bounds the extents of one step.
+	comparePieces = 4096
+)
 
-// pair is a range of both disks.
-type pair struct {
+// span is a range of both disks whose bytes must be looked at.
+type span struct {
 	off, length int64
-	pieces      [2][]Extent
+	looked      int64       // bytes of it that must be looked at
+	sides       [2][]Extent // not zero, ascending; zeros between them
 }
 
-type comparison struct {
-	src   [2]*Source
-	opts  CompareOptions
-	total int64
-	cell  int64
-	ids   fileIDs
-
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	reader *reader
-	pools  *windowPools
-	work   chan *pair
-	// first is where the first difference found so far lies: nothing beyond it
-	// matters.
-	first  atomic.Int64
-	status int64 // where the first difference in status lies
-	done   atomic.Int64
-}
-
-// Compare returns the first difference between a and b, or nil. Beyond its end
-// a disk reads as zeros.
-func Compare(ctx context.Context, a, b *Source, opts CompareOptions) (*Difference, error) {
-	if opts.Workers <= 0 {
-		opts.Workers = defaultWorkers
+// Compare compares two disks. Ranges that both maps call zero, and those that
+// are the same bytes of the same file, are not read. It stops at the first
+// difference. Errors of reading are *CompareError.
+func Compare(ctx context.Context, a, b *Source, opts CompareOptions) (Comparison, error) {
+	if opts.Strict && a.Size != b.Size {
+		return Comparison{Verdict: DifferentSize}, nil
 	}
-	c := &comparison{src: [2]*Source{a, b}, opts: opts, total: max(a.Size, b.Size), cell: compareCell}
-	for _, s := range c.src {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	c := &comparison{
+		total: max(a.Size, b.Size), opts: opts, spans: make(chan *span, 2*defaultWorkers),
+		reader: newReader(defaultWorkers, nil), cell: compareSize,
+	}
+	for _, s := range []*Source{a, b} {
 		if s.Unit > c.cell && s.Unit <= maxCell {
-			c.cell = (s.Unit + c.cell - 1) / c.cell * c.cell
+			c.cell = s.Unit
 		}
 	}
-	c.first.Store(c.total)
-	c.status = c.total
-	c.ctx, c.cancel = context.WithCancelCause(ctx)
-	defer c.cancel(nil)
-	c.reader = newReader(opts.Workers, nil)
-	c.reader.scratch = newWindowPools(opts.Workers, c.cell)
-	c.pools = newWindowPools(2*opts.Workers, c.cell)
+	c.reader.scratch = newWindowPools(2, c.cell)
 	defer c.reader.scratch.close()
-	defer c.pools.close()
-
-	c.work = make(chan *pair, 64)
+	for i := range c.pools {
+		c.pools[i] = sidePools{plain: newPool(defaultWorkers, c.cell), windows: newWindowPools(defaultWorkers, c.cell)}
+		defer c.pools[i].windows.close()
+	}
 	var workers sync.WaitGroup
-	for range opts.Workers {
-		workers.Add(1)
-		go func() {
-			defer workers.Done()
-			c.compare()
-		}()
+	for range defaultWorkers {
+		workers.Go(func() {
+			for s := range c.spans {
+				c.compare(ctx, s)
+			}
+		})
 	}
-	if err := c.plan(); err != nil {
-		c.cancel(err)
-	}
-	close(c.work)
+	err := c.plan(ctx, a, b)
+	close(c.spans)
 	workers.Wait()
-	if err := context.Cause(c.ctx); err != nil {
-		return nil, err
+	if f := c.found; f != nil {
+		return f.result, f.err
 	}
-	first := c.first.Load()
-	switch {
-	case first < c.total && first < c.status:
-		return &Difference{Offset: first}, nil
-	case c.status < c.total:
-		return &Difference{Offset: c.status, Status: true}, nil
+	if err == nil {
+		err = ctx.Err() // the workers have left out what came after
 	}
-	c.progress(c.total - c.done.Load())
-	return nil, nil
+	return Comparison{}, err
+}
+
+// comparison is a Compare under way.
+type comparison struct {
+	total  int64
+	opts   CompareOptions
+	spans  chan *span
+	cell   int64 // the grid on which spans lie
+	reader *reader
+	pools  [2]sidePools
+	files  fileIDs
+
+	mu    sync.Mutex
+	done  int64
+	found *finding
+}
+
+// sidePools is the memory for one of the disks: a worker holds at most one slot
+// of each side.
+type sidePools struct {
+	plain   *pool
+	windows *windowPools
+}
+
+// finding ends a comparison. Of several the one at the lowest offset counts:
+// all before it has been given to the workers.
+type finding struct {
+	off    int64
+	result Comparison
+	err    error
+}
+
+func (c *comparison) find(f finding) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.found == nil || f.off < c.found.off {
+		c.found = &f
+	}
+}
+
+// before reports whether a range can still matter.
+func (c *comparison) before(off int64) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.found == nil || off < c.found.off
 }
 
 func (c *comparison) progress(n int64) {
-	if done := c.done.Add(n); c.opts.Progress != nil && n > 0 {
+	c.mu.Lock()
+	c.done += n
+	done := c.done
+	c.mu.Unlock()
+	if c.opts.Progress != nil && n > 0 {
 		c.opts.Progress(done, c.total)
 	}
 }
 
-// plan walks both maps and hands out what must be read.
-func (c *comparison) plan() error {
-	var walks [2]*cursor
-	for i, s := range c.src {
-		walks[i] = s.walk(c.ctx)
-		defer walks[i].stop()
+// plan walks both maps side by side and gives what must be read to the workers.
+func (c *comparison) plan(ctx context.Context, a, b *Source) error {
+	cursors := [2]*cursor{a.walk(ctx), b.walk(ctx)}
+	for _, cur := range cursors {
+		defer cur.stop()
 	}
-	var cur *pair
+	var s *span
 	flush := func() error {
-		if cur == nil {
+		if s == nil {
 			return nil
 		}
+		next := s
+		s = nil
 		select {
-		case c.work <- cur:
-			cur = nil
+		case c.spans <- next:
 			return nil
-		case <-c.ctx.Done():
-			return context.Cause(c.ctx)
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
-	skipped := int64(0)
-	for pos := int64(0); pos < c.first.Load(); {
-		if err := c.ctx.Err(); err != nil {
-			return context.Cause(c.ctx)
-		}
+	skipped := int64(0) // not yet told of
+	for pos := int64(0); pos < c.total && c.before(pos); {
 		var e [2]Extent
-		for i, w := range walks {
+		for i, cur := range cursors {
 			var err error
-			if e[i], err = w.at(pos); err != nil {
-				return &ReadError{Disk: i, Offset: pos, Err: err}
+			if e[i], err = cur.at(pos); err != nil {
+				if ctx.Err() == nil {
+					c.find(finding{off: pos, err: &CompareError{Second: i == 1, Map: true, Offset: pos, Err: err}})
+				}
+				return errors.Join(ctx.Err(), flush())
 			}
 		}
 		n := min(e[0].Length, e[1].Length, c.total-pos)
-		if c.opts.Strict && (e[0].Kind != e[1].Kind || e[0].Allocated != e[1].Allocated || e[0].Located != e[1].Located) {
-			c.status = pos
+		if c.opts.Strict && e[0].status() != e[1].status() {
+			c.find(finding{off: pos, result: Comparison{Verdict: DifferentStatus, Offset: pos}})
 			break
 		}
-		if e[0].Kind == Zero && e[1].Kind == Zero || e[0].sameBytes(&e[1], &c.ids) {
-			if skipped += n; skipped >= progressStep {
+		if e[0].Kind == Zero && e[1].Kind == Zero || e[0].sameBytes(&e[1], &c.files) {
+			pos += n
+			if skipped += n; skipped >= c.total/256 {
 				c.progress(skipped)
 				skipped = 0
 			}
-			pos += n
 			continue
 		}
-		off := pos / c.cell * c.cell
-		if cur != nil && cur.off != off {
+		if s != nil && (pos/c.cell != s.off/c.cell || len(s.sides[0])+len(s.sides[1]) >= comparePieces) {
 			if err := flush(); err != nil {
 				return err
 			}
 		}
-		if cur == nil {
-			cur = &pair{off: off}
+		if s == nil {
+			s = &span{off: pos / sector * sector}
 		}
-		n = min(n, off+c.cell-pos)
-		cur.length = pos + n - off
+		n = min(n, c.cell-pos%c.cell)
 		for i := range e {
-			if e[i].Length = n; e[i].Kind != Zero {
-				cur.pieces[i] = append(cur.pieces[i], e[i])
+			if e[i].Kind != Zero {
+				e[i].Length = n
+				s.sides[i] = append(s.sides[i], e[i])
 			}
 		}
+		// What is passed over inside a span is in neither list, and so equal.
 		pos += n
+		s.length = pos - s.off
+		s.looked += n
+	}
+	if err := flush(); err != nil {
+		return err
 	}
 	c.progress(skipped)
-	return flush()
+	return nil
 }
 
-// progressStep is how much is passed over before progress is told of it.
-const progressStep = 64 << 20
-
-// compare takes pairs until there are none.
-func (c *comparison) compare() {
-	var slots [2]*slot
-	for i := range slots {
-		slots[i] = &slot{mem: make([]byte, c.cell), pool: &pool{}}
+// compare looks at the bytes of a span.
+func (c *comparison) compare(ctx context.Context, s *span) {
+	if !c.before(s.off) {
+		return
 	}
-	for p := range c.work {
-		if c.ctx.Err() != nil || p.off >= c.first.Load() {
+	var data [2][]byte
+	for i, pieces := range s.sides {
+		if len(pieces) == 0 {
 			continue
 		}
-		at, err := c.differs(p, slots)
+		slot, err := c.pools[i].get(ctx, pieces)
+		if err == nil {
+			defer slot.put()
+			err = c.reader.read(ctx, slot, s.off, s.length, pieces)
+		}
 		if err != nil {
-			c.cancel(err)
-			continue
-		}
-		if at >= 0 {
-			for old := c.first.Load(); at < old && !c.first.CompareAndSwap(old, at); old = c.first.Load() {
+			if ctx.Err() == nil {
+				c.find(finding{off: s.off, err: &CompareError{Second: i == 1, Offset: pieces[0].Offset, Err: err}})
 			}
+			return
 		}
-		read := int64(0)
-		for _, e := range p.pieces[0] {
-			read += e.Length
-		}
-		c.progress(read)
+		data[i] = slot.mem[:s.length]
 	}
+	if at := firstDifference(data[0], data[1]); at >= 0 {
+		off := s.off + int64(at)
+		c.find(finding{off: off, result: Comparison{Verdict: DifferentContent, Offset: off}})
+		return
+	}
+	c.progress(s.looked)
 }
 
-// differs returns the sector in which a pair differs, or -1.
-func (c *comparison) differs(p *pair, plain [2]*slot) (int64, error) {
-	slots := plain
-	for i := range slots {
-		for j := range p.pieces[i] {
-			e := &p.pieces[i][j]
-			if wd, ok := e.Decoder.(client.WindowDecoder); ok && e.Kind == Encoded {
-				s, err := c.pools.get(c.ctx, wd)
-				if err != nil {
-					return 0, err
-				}
-				defer s.put()
-				slots[i] = s
-				break
-			}
-		}
-		if err := c.reader.read(c.ctx, slots[i], p.off, p.length, p.pieces[i]); err != nil {
-			return 0, &ReadError{Disk: i, Offset: p.off, Err: err}
+// get returns memory for pieces: shared with their decoder, where they have one.
+func (p *sidePools) get(ctx context.Context, pieces []Extent) (*slot, error) {
+	for i := range pieces {
+		if d, ok := pieces[i].Decoder.(client.WindowDecoder); ok && pieces[i].Kind == Encoded {
+			return p.windows.get(ctx, d)
 		}
 	}
-	a, b := slots[0].mem[:p.length], slots[1].mem[:p.length]
-	if bytes.Equal(a, b) {
-		return -1, nil
+	return p.plain.get(ctx)
+}
+
+// firstDifference returns the offset of the first sector in which a and b
+// differ, -1 where there is none. A nil slice stands for zeros.
+func firstDifference(a, b []byte) int {
+	switch {
+	case a == nil:
+		a, b = b, nil
+		fallthrough
+	case b == nil:
+		if isZero(a) {
+			return -1
+		}
+	case bytes.Equal(a, b):
+		return -1
 	}
-	for off := int64(0); ; off += sector {
-		n := min(off+sector, p.length)
-		if !bytes.Equal(a[off:n], b[off:n]) {
-			return p.off + off, nil
+	for at := 0; at < len(a); at += sector {
+		end := min(at+sector, len(a))
+		if b == nil && !isZero(a[at:end]) || b != nil && !bytes.Equal(a[at:end], b[at:end]) {
+			return at
 		}
 	}
+	return -1
+}
+
+// status is what Strict compares of an extent.
+type status struct {
+	kind               Kind
+	allocated, located bool
+	data               bool
+}
+
+func (e *Extent) status() status {
+	return status{kind: e.Kind, allocated: e.Allocated, located: e.Located, data: e.Read}
 }

@@ -35,14 +35,14 @@ func TestCompare(t *testing.T) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			a := newDisk(t, r, 1+r.Int64N(6<<20), []int64{0, 65536, 2 << 20}[r.IntN(3)])
 			b := restore(t, r, a.content)
-			opts := CompareOptions{Workers: 1 + r.IntN(4)}
+			opts := CompareOptions{}
 			var last atomic.Int64
 			opts.Progress = func(done, total int64) {
 				if last.Store(max(done, last.Load())); done > total {
 					t.Errorf("progress %d of %d", done, total)
 				}
 			}
-			if diff, err := Compare(context.Background(), a.source(), b.source(), opts); err != nil || diff != nil {
+			if diff, err := Compare(context.Background(), a.source(), b.source(), opts); err != nil || diff.Verdict != Identical {
 				t.Fatalf("the same content: %+v, %v", diff, err)
 			}
 			if last.Load() != int64(len(a.content)) {
@@ -58,16 +58,16 @@ func TestCompare(t *testing.T) {
 				first = min(first, at)
 			}
 			diff, err := Compare(context.Background(), restore(t, r, other).source(), a.source(), opts)
-			if err != nil || diff == nil || diff.Offset != first&^511 || diff.Status {
+			if err != nil || diff != (Comparison{DifferentContent, first &^ 511}) {
 				t.Errorf("got %+v, %v, want %d", diff, err, first&^511)
 			}
 			// Beyond the end of the shorter are zeros.
 			longer := append(slices.Clone(a.content), make([]byte, 700000)...)
-			if diff, err := Compare(context.Background(), a.source(), restore(t, r, longer).source(), opts); err != nil || diff != nil {
+			if diff, err := Compare(context.Background(), a.source(), restore(t, r, longer).source(), opts); err != nil || diff.Verdict != Identical {
 				t.Errorf("zeros at the end: %+v, %v", diff, err)
 			}
 			longer[len(longer)-1] = 1
-			if diff, err := Compare(context.Background(), restore(t, r, longer).source(), a.source(), opts); err != nil || diff == nil || diff.Offset != int64(len(longer)-1)&^511 {
+			if diff, err := Compare(context.Background(), restore(t, r, longer).source(), a.source(), opts); err != nil || diff != (Comparison{DifferentContent, int64(len(longer)-1) &^ 511}) {
 				t.Errorf("data at the end: %+v, %v", diff, err)
 			}
 		})
@@ -83,22 +83,25 @@ func TestCompareStrict(t *testing.T) {
 		{Offset: 65536, Length: 1<<20 - 65536 - 524288},
 		{Offset: 524288, Length: 524288, Kind: Data, File: raw.extents[0].File, HostOffset: 524288, Allocated: true, Located: true},
 	}}
-	raw.extents[0].Located = true
-	for _, strict := range []bool{false, true} {
-		diff, err := Compare(context.Background(), raw.source(), thin.source(), CompareOptions{Strict: strict})
-		if err != nil || (diff != nil) != strict || strict && *diff != (Difference{Offset: 65536, Status: true}) {
-			t.Errorf("strict %v: %+v, %v", strict, diff, err)
-		}
+	raw.located()
+	if diff, err := Compare(context.Background(), raw.source(), thin.source(), CompareOptions{}); err != nil || diff.Verdict != Identical {
+		t.Errorf("%+v, %v", diff, err)
 	}
-	if diff, err := Compare(context.Background(), thin.source(), thin.source(), CompareOptions{Strict: true}); err != nil || diff != nil {
+	strict := CompareOptions{Strict: true}
+	if diff, err := Compare(context.Background(), raw.source(), thin.source(), strict); err != nil || diff != (Comparison{DifferentStatus, 65536}) {
+		t.Errorf("%+v, %v", diff, err)
+	}
+	if diff, err := Compare(context.Background(), thin.source(), thin.source(), strict); err != nil || diff.Verdict != Identical {
 		t.Errorf("with itself: %+v, %v", diff, err)
 	}
 	// A difference in content before one in status is what is found.
 	changed := slices.Clone(content)
 	changed[600] = 7
-	diff, err := Compare(context.Background(), rawDisk(t, changed).located().source(), thin.source(), CompareOptions{Strict: true})
-	if err != nil || diff == nil || *diff != (Difference{Offset: 512}) {
+	if diff, err := Compare(context.Background(), rawDisk(t, changed).located().source(), thin.source(), strict); err != nil || diff != (Comparison{DifferentContent, 512}) {
 		t.Errorf("%+v, %v", diff, err)
+	}
+	if diff, err := Compare(context.Background(), rawDisk(t, make([]byte, 512)).source(), thin.source(), strict); err != nil || diff.Verdict != DifferentSize {
+		t.Errorf("sizes: %+v, %v", diff, err)
 	}
 }
 
@@ -124,10 +127,10 @@ func TestCompareReadError(t *testing.T) {
 	good := rawDisk(t, make([]byte, 1<<20))
 	bad := rawDisk(t, make([]byte, 1<<20))
 	bad.extents[0].File = unreadable(t)
-	for n, sources := range [][2]*disk{{bad, good}, {good, bad}} {
+	for i, sources := range [][2]*disk{{bad, good}, {good, bad}} {
 		_, err := Compare(context.Background(), sources[0].source(), sources[1].source(), CompareOptions{})
-		var re *ReadError
-		if !errors.As(err, &re) || re.Disk != n || !errors.Is(err, unix.EBADF) {
+		var ce *CompareError
+		if !errors.As(err, &ce) || ce.Second != (i == 1) || ce.Map || !errors.Is(err, unix.EBADF) {
 			t.Errorf("%v", err)
 		}
 	}

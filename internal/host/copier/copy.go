@@ -142,7 +142,8 @@ func Copy(ctx context.Context, src *Source, dst *Target, opts Options) (Stats, e
 	}
 	c := &copy_{src: src, dst: dst, opts: opts, info: info, steps: make(chan *step, 64)}
 	c.encode = opts.Compressed || info.EncodeOnly
-	c.explode = opts.Base != nil || !(info.ReadsZero || opts.TargetIsZero)
+	// A format without metadata cannot know what a file held: ours are new.
+	c.explode = opts.Base != nil || !(info.ReadsZero || opts.TargetIsZero || dst.Fresh)
 	c.reader = newReader(opts.Workers, opts.Salvage)
 	c.limit.rate = opts.Rate
 	c.ctx, c.cancel = context.WithCancelCause(ctx)

@@ -119,7 +119,7 @@ func FromChain(c *image.Chain) *Source {
 }
 
 func fromImage(in *image.Extent, decoders []sdk.Decoder) (Extent, error) {
-	e := Extent{Offset: in.Offset, Length: in.Length, Allocated: in.Kind != sdk.Absent, Located: in.Kind != sdk.Encoded && in.HostOffset >= 0}
+	e := Extent{Offset: in.Offset, Length: in.Length, Allocated: in.Kind != sdk.Absent}
 	e.Located = in.File != nil && in.Kind != sdk.Encoded
 	e.Read = in.Kind == sdk.Encoded || in.Kind == sdk.Data && (!in.Hole || !in.Raw)
 	switch {
