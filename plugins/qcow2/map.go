@@ -115,7 +115,13 @@ func (m *mapper) table(table, pos, end, base int64) error {
 			if g.extended() {
 				e.sub = binary.BigEndian.Uint64(b[at+8:])
 			}
-			next := min(end, pos&^(g.clusterSize-1)+g.clusterSize)
+			last := pos
+			if !g.extended() {
+				n := g.run(b[at:])
+				at += (n - 1) * g.entrySize
+				last += (n - 1) << g.clusterBits
+			}
+			next := min(end, last&^(g.clusterSize-1)+g.clusterSize)
 			if next < pos { // beyond the largest offset
 				next = end
 			}
@@ -128,7 +134,30 @@ func (m *mapper) table(table, pos, end, base int64) error {
 	return nil
 }
 
-// cluster maps [pos, end), a part of one cluster.
+// run returns how many of the entries at the start of b, at least one, are
+// alike: without anything, or plain clusters that follow on each other in the
+// file. Entries have no subclusters.
+func (g *geometry) run(b []byte) int64 {
+	desc := binary.BigEndian.Uint64(b)
+	step := uint64(g.clusterSize)
+	switch {
+	case desc == 0:
+		step = 0
+	case desc&flagCompressed != 0 || desc&flagZero != 0 || desc&offsetMask == 0:
+		return 1
+	}
+	n := 1
+	for ; (n+1)*8 <= len(b); n++ {
+		desc += step
+		if binary.BigEndian.Uint64(b[n*8:]) != desc || step != 0 && desc&offsetMask == 0 {
+			break
+		}
+	}
+	return int64(n)
+}
+
+// cluster maps [pos, end): a part of one cluster, or a run of clusters without
+// subclusters.
 func (m *mapper) cluster(e l2Entry, pos, end int64) error {
 	g := &m.im.g
 	if e.compressed() {

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
@@ -236,5 +237,33 @@ func TestMapEqualsQemu(t *testing.T) {
 				checkContent(t, path)
 			}
 		})
+	}
+}
+
+func TestRun(t *testing.T) {
+	g := newGeometry(16, false, 4)
+	const plain = flagCopied | 0x50000
+	for _, c := range []struct {
+		name    string
+		entries []uint64
+		want    int64
+	}{
+		{"one", []uint64{plain}, 1},
+		{"in a row", []uint64{plain, plain + 0x10000, plain + 0x20000, plain}, 3},
+		{"nothing", []uint64{0, 0, 0, plain}, 3},
+		{"another flag", []uint64{plain, (plain + 0x10000) &^ flagCopied}, 1},
+		{"zero clusters", []uint64{plain | flagZero, plain + 0x10000 | flagZero}, 1},
+		{"a zero cluster ends it", []uint64{plain, plain + 0x10000 | flagZero}, 1},
+		{"compressed", []uint64{flagCompressed | 0x10000, flagCompressed | 0x20000}, 1},
+		{"flags are not counted up", []uint64{offsetMask &^ 0xffff, 1 << 56}, 1},
+		{"an external data file's first cluster", []uint64{flagCopied, flagCopied | 0x10000}, 1},
+	} {
+		var b []byte
+		for _, e := range c.entries {
+			b = binary.BigEndian.AppendUint64(b, e)
+		}
+		if got := g.run(b); got != c.want {
+			t.Errorf("%s: %d, want %d", c.name, got, c.want)
+		}
 	}
 }
