@@ -211,6 +211,7 @@ func (a *app) rootCommand() *cobra.Command {
 		a.bound(a.mapCommand(), true),
 		a.bound(a.checkCommand(), true),
 		a.bound(a.measureCommand(), true),
+		a.bound(a.compareCommand(), false),
 		a.bound(a.inspectCommand(), true),
 		a.pluginCommand(),
 	)
