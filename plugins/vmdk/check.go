@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/instar-img/instar/sdk"
 	"github.com/instar-img/instar/sdk/ondisk"
@@ -62,6 +63,9 @@ func (c *checker) say(text string, args ...any) {
 
 func (c *checker) corrupt(text string, args ...any) {
 	c.res.Corruptions++
+	if c.messages >= maxMessages {
+		return // damaged images have millions
+	}
 	c.say("ERROR: "+text, args...)
 }
 
@@ -96,13 +100,20 @@ func (c *checker) extent(ctx context.Context, i int, e *extent, done func(float6
 		checker: c, e: e, first: true, slot: slot,
 		seen: make([]uint64, ondisk.DivUp(min(slots, checkWindow), 64)),
 	}
+	var err error
+	if p.shared, err = s.findShared(ctx); err != nil {
+		return fmt.Errorf("extent %d: %w", i, err)
+	}
 	passes := max(1, ondisk.DivUp(slots, checkWindow))
 	for n := range passes {
-		err := p.run(ctx, func(part float64) { done((float64(n) + part) / float64(passes)) })
+		err = p.run(ctx, func(part float64) { done((float64(n) + part) / float64(passes)) })
 		if err != nil {
 			return fmt.Errorf("extent %d: %w", i, err)
 		}
 		clear(p.seen)
+		if p.shared != nil {
+			clear(p.shared.met)
+		}
 		p.from += checkWindow
 		p.first = false
 	}
@@ -118,6 +129,64 @@ type pass struct {
 	slot  int64 // bytes of the file for each bit of seen
 	from  int64 // slot of the first bit
 	seen  []uint64
+	// shared is not nil where directory entries refer to the same tables.
+	shared *sharedTables
+}
+
+// sharedTables knows which tables a pass has met. Each is gone over once: a
+// small file could otherwise keep a check busy for days.
+type sharedTables struct {
+	keys []uint32 // of all tables, ascending
+	met  []uint64 // bits by index of keys
+}
+
+// tableKey is a number for the grain table at a host offset.
+func (s *sparseExtent) tableKey(at int64) uint32 {
+	if s.kind == seSparse {
+		return uint32((at - s.tablesAt) / (seSparseTableSectors * sectorSize))
+	}
+	return uint32(at / sectorSize)
+}
+
+// presentTables returns how many entries of the grain directory lie in the file.
+func (s *sparseExtent) presentTables() int64 {
+	return min(s.tables, max(0, s.cache.size-s.directory)/s.entrySize)
+}
+
+// findShared returns nil where every table is referred to once.
+func (s *sparseExtent) findShared(ctx context.Context) (*sharedTables, error) {
+	tables := s.presentTables()
+	keys := make([]uint32, 0, tables)
+	for i := range tables {
+		if i%4096 == 0 {
+			if err := ctx.Err(); err != nil {
+				return nil, err
+			}
+		}
+		at, err := s.table(i)
+		switch {
+		case errors.Is(err, sdk.ErrCorrupt):
+			continue // found again, and reported, later
+		case err != nil:
+			return nil, err
+		case at != 0:
+			keys = append(keys, s.tableKey(at))
+		}
+	}
+	slices.Sort(keys)
+	n := len(keys)
+	if keys = slices.Compact(keys); len(keys) == n {
+		return nil, nil
+	}
+	return &sharedTables{keys: keys, met: make([]uint64, (len(keys)+63)/64)}, nil
+}
+
+// again reports whether the table was met before.
+func (t *sharedTables) again(key uint32) bool {
+	i, _ := slices.BinarySearch(t.keys, key)
+	was := t.met[i/64]&(1<<(i%64)) != 0
+	t.met[i/64] |= 1 << (i % 64)
+	return was
 }
 
 // taken marks the slot of a host offset, and reports whether it was marked
@@ -141,7 +210,16 @@ func (p *pass) guestSector(i, j int64) int64 {
 
 func (p *pass) run(ctx context.Context, done func(float64)) error {
 	s := p.e.sparse
-	tables := min(s.tables, ondisk.DivUp(p.e.length, s.grain*s.entries))
+	wanted := min(s.tables, ondisk.DivUp(p.e.length, s.grain*s.entries))
+	tables := min(wanted, s.presentTables())
+	if p.first && tables < wanted {
+		p.corrupt("grain directory for sector %d and on points after EOF", p.guestSector(tables, 0))
+	}
+	redundant := p.first && s.redundant != 0
+	if redundant && !ondisk.Within(s.redundant, tables*s.entrySize, s.cache.size) {
+		p.corrupt("redundant grain directory points after EOF")
+		redundant = false
+	}
 	table := make([]byte, s.entries*s.entrySize)
 	spare := make([]byte, len(table))
 	for i := range tables {
@@ -152,6 +230,18 @@ func (p *pass) run(ctx context.Context, done func(float64)) error {
 			done(float64(i) / float64(tables))
 		}
 		at, err := s.table(i)
+		if err == nil && at != 0 && p.shared != nil && p.shared.again(s.tableKey(at)) {
+			if p.first {
+				p.corrupt("grain table for sector %d is another's too", p.guestSector(i, 0))
+			}
+			continue
+		}
+		if err == nil && !ondisk.Within(at, int64(len(table)), s.cache.size) {
+			if p.first {
+				p.corrupt("grain table for sector %d points after EOF", p.guestSector(i, 0))
+			}
+			continue
+		}
 		if err == nil && at != 0 {
 			err = s.cache.read("grain table", table, at)
 		}
@@ -164,7 +254,7 @@ func (p *pass) run(ctx context.Context, done func(float64)) error {
 			}
 			continue
 		}
-		if p.first && s.redundant != 0 {
+		if redundant {
 			if err := p.redundant(i, at, table, spare); err != nil {
 				return err
 			}
@@ -190,10 +280,15 @@ func (p *pass) redundant(i, at int64, table, spare []byte) error {
 	if err == nil && other == at {
 		return nil
 	}
-	if err == nil && (other == 0 || at == 0) {
-		err = fmt.Errorf("present in one of two grain directories: %w", sdk.ErrCorrupt)
-	}
-	if err == nil {
+	switch {
+	case err != nil:
+	case other == 0 || at == 0:
+		p.corrupt("grain table for sector %d is in one of two grain directories", p.guestSector(i, 0))
+		return nil
+	case !ondisk.Within(other, int64(len(spare)), s.cache.size):
+		p.corrupt("redundant grain table for sector %d points after EOF", p.guestSector(i, 0))
+		return nil
+	default:
 		err = s.cache.read("redundant grain table", spare, other)
 	}
 	switch {

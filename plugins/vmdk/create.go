@@ -450,8 +450,9 @@ func (p *plan) Measure(_ context.Context, req sdk.MeasureRequest) (sdk.MeasureRe
 // grains takes: deflate cannot make a grain longer than its stored form.
 func (l *layoutPlan) streamBound(grains int64) int64 {
 	tables := min(grains, l.sparse(l.lengths[0]).entries)
-	// A stored block holds up to 65535 bytes behind a head of 5; zlib adds 6.
-	longest := grainMarkerSize + 6 + l.grain + 5*(l.grain/65535+1)
+	// Every blockSize bytes come in a stored block with a head of 5, and so does
+	// the mark between two; zlib adds 6.
+	longest := grainMarkerSize + 6 + l.grain + 10*ondisk.DivUp(l.grain, blockSize)
 	sectors := int64(streamOverhead) + grains*ondisk.DivUp(longest, sectorSize) +
 		tables*(1+maxTableEntries*4/sectorSize) + 1 + l.sparse(l.lengths[0]).directory + 3
 	return sectors * sectorSize
