@@ -100,7 +100,9 @@ func (im *image) unzstd(out, in []byte) error {
 	d := &im.decoders
 	d.once.Do(func() {
 		d.zstd, d.err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderLowmem(true),
-			zstd.WithDecoderMaxMemory(uint64(im.g.clusterSize)))
+			// The limit holds for windows too, which may be larger than the
+			// cluster: 8 MiB is what every decoder must take (RFC 8878, 3.1.1.1.2).
+			zstd.WithDecoderMaxMemory(8<<20))
 	})
 	if d.err != nil {
 		return d.err
