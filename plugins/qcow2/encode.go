@@ -8,23 +8,25 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// deflateWindow is the window of the deflate streams in qcow2 images: readers
-// are entitled to provide no more.
-const deflateWindow = 4096
+// deflateLevel makes images about as small as qemu-img's. It takes all of
+// deflate's window, which readers have: qcow2.txt asks for deflate as it is,
+// and qemu's own smaller window does not bind its inflater, which has the whole
+// cluster before it.
+const deflateLevel = 5
 
 // encoder compresses clusters, many at a time.
 type encoder struct {
 	clusterSize int64
 	pool        sync.Pool // *encodeBuffer
+	flate       sync.Pool // *flate.Writer: large, and few are in use at a time
 	zstd        *zstd.Encoder
 }
 
 // encodeBuffer takes the compressed bytes of one cluster and refuses more than
 // are worth it.
 type encodeBuffer struct {
-	out   []byte
-	in    []byte // a whole cluster, where the disk ends within
-	flate *flate.Writer
+	out []byte
+	in  []byte // a whole cluster, where the disk ends within
 }
 
 var errIncompressible = errors.New("does not get smaller")
@@ -43,7 +45,7 @@ func (e *encoder) init(useZstd bool, clusterSize int64) error {
 		return nil
 	}
 	var err error
-	e.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderCRC(false),
+	e.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderCRC(false),
 		zstd.WithWindowSize(int(max(clusterSize, zstd.MinWindowSize))), zstd.WithLowerEncoderMem(true))
 	return err
 }
@@ -81,18 +83,20 @@ func (e *encoder) compress(b *encodeBuffer, src []byte) ([]byte, error) {
 		return b.out, nil
 	}
 	b.out = b.out[:0]
-	if b.flate == nil {
+	w, _ := e.flate.Get().(*flate.Writer)
+	if w == nil {
 		var err error
-		if b.flate, err = flate.NewWriterWindow(b, deflateWindow); err != nil {
+		if w, err = flate.NewWriter(b, deflateLevel); err != nil {
 			return nil, err
 		}
 	} else {
-		b.flate.Reset(b)
+		w.Reset(b)
 	}
-	_, err := b.flate.Write(src)
+	_, err := w.Write(src)
 	if err == nil {
-		err = b.flate.Close()
+		err = w.Close()
 	}
+	e.flate.Put(w)
 	if errors.Is(err, errIncompressible) {
 		return nil, nil
 	}
