@@ -37,7 +37,7 @@ var begun *run
 // the command line. It is called once, before anything else here.
 func Begin(args []string) {
 	guess, ok := guessOf(args)
-	if !ok {
+	if !ok || os.Getenv("INSTAR_UNTRUSTED") != "" || os.Getenv("INSTAR_LOG") != "" {
 		return
 	}
 	r := &run{found: make(chan struct{}), started: make(chan struct{})}
@@ -115,13 +115,17 @@ var verbs = []string{
 	"amend", "bitmap", "check", "commit", "create", "info", "inspect", "map", "measure", "rebase", "resize", "snapshot",
 }
 
+// notAhead are flags with which no plugin is needed, or one that is started
+// with other settings.
+var notAhead = []string{"-h", "--help", "-V", "--version", "-v", "--verbose", "--untrusted", "--untrusted=true"}
+
 func guessOf(args []string) (guess, bool) {
 	var g guess
 	var verb string
 	for i := 1; i < len(args); i++ {
 		arg := args[i]
 		switch {
-		case arg == "-h" || arg == "--help" || arg == "-V" || arg == "--version":
+		case slices.Contains(notAhead, arg) || strings.HasPrefix(arg, "--max-memory"):
 			return g, false
 		case arg == "-f" || arg == "--format":
 			if i++; i < len(args) {

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -15,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/instar-img/instar/internal/host/child"
 	"github.com/instar-img/instar/sdk"
@@ -214,35 +215,57 @@ func trusted(name string, info fs.FileInfo) error {
 	if !ok {
 		return fmt.Errorf("%s: owner unknown", name)
 	}
-	if uid := os.Geteuid(); st.Uid != 0 && int(st.Uid) != uid {
-		return fmt.Errorf("%s: refused: owned by user %d, neither root nor the caller", name, st.Uid)
+	return trustedOwner(name, int(st.Uid), info.Mode())
+}
+
+func trustedOwner(name string, owner int, mode fs.FileMode) error {
+	if owner != 0 && owner != os.Geteuid() {
+		return fmt.Errorf("%s: refused: owned by user %d, neither root nor the caller", name, owner)
 	}
 	// A group that holds root or the caller alone would be harmless, but who is
 	// in a group cannot be told cheaply.
-	if info.Mode()&0o022 != 0 {
-		return fmt.Errorf("%s: refused: writable by others (mode %04o)", name, info.Mode().Perm())
+	if mode&0o022 != 0 {
+		return fmt.Errorf("%s: refused: writable by others (mode %04o)", name, mode.Perm())
 	}
 	return nil
 }
 
 func readManifest(name string) (sdk.Manifest, error) {
-	f, err := os.Open(name)
+	// os.Open would first try whether the file can be polled.
+	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
+		return sdk.Manifest{}, &fs.PathError{Op: "open", Path: name, Err: err}
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return sdk.Manifest{}, &fs.PathError{Op: "fstat", Path: name, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return sdk.Manifest{}, fmt.Errorf("%s: not a file", name)
+	}
+	if err := trustedOwner(name, int(st.Uid), fs.FileMode(st.Mode&0o777)); err != nil {
 		return sdk.Manifest{}, err
 	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return sdk.Manifest{}, err
+	if st.Size > maxManifest {
+		return sdk.Manifest{}, fmt.Errorf("manifest is larger than %d bytes", maxManifest)
 	}
-	if err := trusted(name, info); err != nil {
-		return sdk.Manifest{}, err
+	b := make([]byte, st.Size)
+	n := 0
+	for n < len(b) {
+		m, err := unix.Read(fd, b[n:])
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return sdk.Manifest{}, &fs.PathError{Op: "read", Path: name, Err: err}
+		}
+		if m == 0 {
+			break
+		}
+		n += m
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxManifest+1))
-	if err != nil {
-		return sdk.Manifest{}, err
-	}
-	return parseManifest(b)
+	return parseManifest(b[:n])
 }
 
 // askManifest starts the program, in its sandbox, to have it print its manifest.
@@ -256,9 +279,6 @@ func askManifest(program string) (sdk.Manifest, error) {
 
 func parseManifest(b []byte) (sdk.Manifest, error) {
 	var m sdk.Manifest
-	if len(b) > maxManifest {
-		return m, fmt.Errorf("manifest is larger than %d bytes", maxManifest)
-	}
 	if err := json.Unmarshal(b, &m); err != nil {
 		return m, fmt.Errorf("manifest: %w", err)
 	}

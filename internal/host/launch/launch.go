@@ -177,25 +177,35 @@ func program(p *discover.Plugin, o Options) (*child.Child, error) {
 //
 // go-plugin's own client would do so too, and begin streams for its broker and
 // for what the plugin prints, which costs a millisecond before the first
-// request.
+// request. Here the connection is made ready while the program initialises, all
+// but the socket.
 func (p *Process) connect(client *plugin.Client) error {
-	addr, err := client.Start()
-	if err != nil {
-		return p.startError(err)
-	}
-	p.major = client.NegotiatedVersion()
+	address := make(chan net.Addr, 1)
+	var err error
 	p.conn, err = grpc.NewClient("passthrough:///plugin",
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, addr.Network(), addr.String())
+			select {
+			case addr := <-address:
+				address <- addr // for another attempt
+				return new(net.Dialer).DialContext(ctx, addr.Network(), addr.String())
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
 		}),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer), grpc.MaxCallSendMsgSize(math.MaxInt32)),
 		grpc.WithStaticStreamWindowSize(windowSize), grpc.WithStaticConnWindowSize(windowSize),
 		grpc.WithDisableServiceConfig(), grpc.WithDisableRetry())
 	if err != nil {
-		return p.startError(err)
+		return err
 	}
 	p.conn.Connect()
+	addr, err := client.Start()
+	if err != nil {
+		return p.startError(err)
+	}
+	address <- addr
+	p.major = client.NegotiatedVersion()
 	p.drain = time.AfterFunc(drainAfter, p.drainPrints)
 	return nil
 }
