@@ -88,6 +88,7 @@ func (l *luksHeader) facts() []sdk.Fact {
 	facts = append(facts, sdk.StringFact("ivgen-alg", ivgen))
 	facts = append(facts,
 		sdk.StringFact("hash-alg", l.hash),
+		sdk.BoolFact("detached-header", false), // qcow2 has no other place for it
 		sdk.StringFact("cipher-alg", fmt.Sprintf("%s-%d", l.cipher, keyBits)),
 		sdk.StringFact("uuid", l.uuid))
 	if hasHash {

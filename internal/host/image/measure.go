@@ -17,8 +17,18 @@ func Measure(ctx context.Context, plan sdk.Plan, source *Chain, backed bool) (sd
 	}
 	var req sdk.MeasureRequest
 	unit := max(1, plan.Info().AllocationUnit)
+	fixed := false
+	if source != nil {
+		req.Bitmaps = source.Top().Info.Bitmaps
+		// A file that is as long when empty as when full needs no look at the map.
+		empty, err := m.Measure(ctx, req)
+		if err != nil {
+			return sdk.MeasureResult{}, err
+		}
+		fixed = empty.Required >= empty.FullyAllocated
+	}
 	switch {
-	case source == nil:
+	case source == nil || fixed:
 	case backed:
 		req.AllocatedUnits = (source.VirtualSize() + unit - 1) / unit
 	default:
@@ -27,9 +37,6 @@ func Measure(ctx context.Context, plan sdk.Plan, source *Chain, backed bool) (sd
 			return sdk.MeasureResult{}, err
 		}
 		req.AllocatedUnits = units
-	}
-	if source != nil {
-		req.Bitmaps = source.Top().Info.Bitmaps
 	}
 	result, err := m.Measure(ctx, req)
 	if source == nil || !source.Top().Info.HasBitmaps {

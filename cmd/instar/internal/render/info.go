@@ -77,7 +77,7 @@ func (m *Image) text(b *strings.Builder, style Style) {
 		b.WriteString(SnapshotTable(info.Snapshots, style))
 	}
 	if info.SpecificType != "" {
-		specificText(b, "Format specific information:\n", m.facts(info.Specific), 0, style)
+		specificText(b, "Format specific information:\n", m.facts(info.Specific, style), 0, style)
 	}
 	if style.Layout == Layout72 {
 		return
@@ -85,7 +85,7 @@ func (m *Image) text(b *strings.Builder, style Style) {
 	for _, c := range m.Children {
 		fmt.Fprintf(b, "Child node '/%s':\n    filename: %s\n    protocol type: %s\n    file length: %s\n    disk size: %s\n",
 			c.Name, style.text(c.Filename), c.Protocol, sizeAndBytes(c.Length), diskSize(c.ActualSize))
-		specificText(b, "Format specific information:\n", m.facts(c.Specific), 4, style)
+		specificText(b, "Format specific information:\n", m.facts(c.Specific, style), 4, style)
 	}
 }
 
@@ -133,23 +133,29 @@ func dump(b *strings.Builder, name string, value any, indent int, style Style) {
 	}
 }
 
+// since10 are the facts that qemu-img 7.2 does not know.
+var since10 = map[string]bool{"detached-header": true}
+
 // facts turns a plugin's facts into an object.
-func (m *Image) facts(facts []sdk.Fact) *Object {
+func (m *Image) facts(facts []sdk.Fact, style Style) *Object {
 	o := new(Object)
 	for i := range facts {
-		o.Set(facts[i].Name, m.fact(&facts[i]))
+		if style.Layout == Layout72 && since10[facts[i].Name] {
+			continue
+		}
+		o.Set(facts[i].Name, m.fact(&facts[i], style))
 	}
 	return o
 }
 
-func (m *Image) fact(f *sdk.Fact) any {
+func (m *Image) fact(f *sdk.Fact, style Style) any {
 	switch {
 	case f.IsObject:
-		return m.facts(f.Object)
+		return m.facts(f.Object, style)
 	case f.IsList:
 		list := make([]any, len(f.List))
 		for i := range f.List {
-			list[i] = m.fact(&f.List[i])
+			list[i] = m.fact(&f.List[i], style)
 		}
 		return list
 	case f.Bool != nil:
@@ -206,7 +212,7 @@ func (m *Image) Object(style Style) *Object {
 		o.Set("snapshots", list)
 	}
 	if info.SpecificType != "" {
-		o.Set("format-specific", specificObject(info.SpecificType, m.facts(info.Specific)))
+		o.Set("format-specific", specificObject(info.SpecificType, m.facts(info.Specific, style)))
 	}
 	if style.Layout == Layout72 {
 		return o
@@ -214,7 +220,7 @@ func (m *Image) Object(style Style) *Object {
 	children := []any{}
 	for _, c := range m.Children {
 		n := node(c.Filename, c.Protocol, c.Length, c.ActualSize, false)
-		n.Set("format-specific", specificObject("file", m.facts(c.Specific)))
+		n.Set("format-specific", specificObject("file", m.facts(c.Specific, style)))
 		n.Set("children", []any{})
 		child := new(Object)
 		child.Set("name", c.Name)
