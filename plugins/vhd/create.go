@@ -222,7 +222,7 @@ func (p *plan) planParent(req sdk.CreateRequest) error {
 func (p *plan) Info() sdk.PlanInfo { return p.info }
 
 // tableChunk is how much of a block allocation table is handled at a time.
-const tableChunk = 64 << 10
+const tableChunk = 256 << 10
 
 // Emit implements sdk.Plan.
 func (p *plan) Emit(ctx context.Context, files []sdk.NamedFile) error {

@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -641,6 +642,34 @@ func TestCheckOfGarbageIsBounded(t *testing.T) {
 	}
 	if n := strings.Count(text, "\n"); n != maxMessages {
 		t.Errorf("%d messages", n)
+	}
+}
+
+// The largest table there may be, in a sparse file, all of it pointing at the
+// header: memory and findings are bounded.
+func TestLargestTable(t *testing.T) {
+	if testing.Short() {
+		t.Skip("reads 256 MiB of table twice")
+	}
+	path := formattest.Create(t, New(), t.TempDir(), "x", 16<<30, "force_size=on")
+	b := read(t, path)[:footerSize+headerSize]
+	binary.BigEndian.PutUint32(b[footerSize+28:], maxEntries)
+	binary.BigEndian.PutUint32(b[footerSize+32:], sectorSize)
+	sealedHeader(b, footerSize)
+	path = write(t, b)
+	if err := os.Truncate(path, 1<<30); err != nil {
+		t.Fatal(err)
+	}
+	formattest.Open(t, New(), path, false)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	res, text := check(t, path)
+	runtime.ReadMemStats(&after)
+	if res.Corruptions < maxEntries || strings.Count(text, "\n") != maxMessages {
+		t.Errorf("%+v, %d messages", *res, strings.Count(text, "\n"))
+	}
+	if used := after.TotalAlloc - before.TotalAlloc; used > 160<<20 {
+		t.Errorf("%d bytes allocated", used)
 	}
 }
 
