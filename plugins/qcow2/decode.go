@@ -7,26 +7,24 @@ import (
 	"io"
 	"sync"
 
-	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/inflate"
 )
 
-// decoders are the inflaters and buffers that an image's Decode calls share.
+// decoders are what an image's Decode calls share.
 type decoders struct {
-	pool sync.Pool // *inflater
+	pool sync.Pool // *clusterBuffers
 	once sync.Once
 	zstd *zstd.Decoder
 	err  error
 }
 
-// inflater is the state of one decompression.
-type inflater struct {
-	flate io.ReadCloser
-	src   bytes.Reader
-	in    []byte // compressed bytes
-	out   []byte // one cluster
+// clusterBuffers serve one decompression at a time.
+type clusterBuffers struct {
+	in  []byte // compressed bytes
+	out []byte // one cluster
 }
 
 // Decode inflates the cluster that e lies in. It stops at the cluster's size
@@ -47,9 +45,9 @@ func (im *image) Decode(ctx context.Context, e sdk.Extent, dst []byte) error {
 	if err != nil {
 		return err
 	}
-	d, _ := im.decoders.pool.Get().(*inflater)
+	d, _ := im.decoders.pool.Get().(*clusterBuffers)
 	if d == nil {
-		d = &inflater{}
+		d = &clusterBuffers{}
 	}
 	defer im.decoders.pool.Put(d)
 	if int64(cap(d.in)) < e.EncodedLength {
@@ -71,7 +69,7 @@ func (im *image) Decode(ctx context.Context, e sdk.Extent, dst []byte) error {
 	if im.h.compression == compressionZstd {
 		err = im.unzstd(out, d.in[:n])
 	} else {
-		err = d.inflate(out, d.in[:n])
+		err = inflate.Fill(out, d.in[:n])
 	}
 	if err != nil {
 		return fmt.Errorf("guest offset %#x: compressed cluster at %#x: %w: %w", e.Offset, e.HostOffset, err, sdk.ErrCorrupt)
@@ -80,18 +78,6 @@ func (im *image) Decode(ctx context.Context, e sdk.Extent, dst []byte) error {
 		copy(dst, out[into:])
 	}
 	return nil
-}
-
-// inflate fills out from a raw deflate stream, which may be longer.
-func (d *inflater) inflate(out, in []byte) error {
-	d.src.Reset(in)
-	if d.flate == nil {
-		d.flate = flate.NewReader(&d.src)
-	} else if err := d.flate.(flate.Resetter).Reset(&d.src, nil); err != nil {
-		return err
-	}
-	_, err := io.ReadFull(d.flate, out)
-	return err
 }
 
 // unzstd fills out from zstd frames. What follows the last one in its sector
