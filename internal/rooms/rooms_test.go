@@ -264,8 +264,8 @@ func programs(t *testing.T) []listed {
 	return mains
 }
 
-// What a program links, it initialises on each start. The frame (go-plugin and
-// gRPC) brings net/http and much else whatever we do; a build tag keeps its
+// What a program links, it initialises on each start. The frame (go-plugin in the
+// core, gRPC) brings net/http and much else whatever we do; a build tag keeps its
 // worst part out, and formats add nothing of that kind.
 func TestProgramsLinkNoBallast(t *testing.T) {
 	for _, p := range programs(t) {
@@ -273,6 +273,8 @@ func TestProgramsLinkNoBallast(t *testing.T) {
 			switch {
 			case slices.Contains([]string{"golang.org/x/net/trace", "net/http/pprof", "expvar", "github.com/google/go-cmp/cmp"}, dep):
 				t.Errorf("%s links %s", p.ImportPath, dep)
+			case pluginRoom(p.ImportPath) != "" && slices.Contains([]string{"net/rpc", "encoding/gob", "html/template", "google.golang.org/grpc/reflection"}, dep):
+				t.Errorf("%s links %s, which package serve avoids", p.ImportPath, dep)
 			case pluginRoom(p.ImportPath) != "" && under(dep, "internal") && !slices.ContainsFunc(shared, func(dir string) bool { return under(dep, dir) }):
 				t.Errorf("%s links %s of the core", p.ImportPath, dep)
 			case pluginRoom(p.ImportPath) != "" && strings.Contains(dep, "spf13"):

@@ -1,6 +1,5 @@
 // Package handshake holds what the core and a plugin must agree on before the
-// first request: go-plugin's cookie, the name under which the format is
-// dispensed, and what a plugin inherits.
+// first request: go-plugin's cookie and environment, and what a plugin inherits.
 package handshake
 
 const (
@@ -8,8 +7,13 @@ const (
 	MagicCookieKey   = "INSTAR_FORMAT_PLUGIN"
 	MagicCookieValue = "7c1f7e0d-instar-format"
 
-	// PluginName is the name of the one plugin in each go-plugin set.
-	PluginName = "format"
+	// CoreProtocol is the version of go-plugin's own protocol: the first number
+	// of the line in which a plugin says where it listens.
+	CoreProtocol = 1
+
+	// SocketDirKey is the environment variable with the directory in which a
+	// plugin makes its socket.
+	SocketDirKey = "PLUGIN_UNIX_SOCKET_DIR"
 
 	// DescriptorFD is the inherited socket over which the core passes open
 	// files. Its end of file means that the core is gone.

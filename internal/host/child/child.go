@@ -99,7 +99,7 @@ func (c *Child) environment(spec Spec) []string {
 	env := []string{
 		handshake.MagicCookieKey + "=" + handshake.MagicCookieValue,
 		"PLUGIN_PROTOCOL_VERSIONS=" + strings.Join(majors, ","),
-		"PLUGIN_UNIX_SOCKET_DIR=" + c.dir.path,
+		handshake.SocketDirKey + "=" + c.dir.path,
 	}
 	if spec.LogLevel != "" {
 		env = append(env, handshake.LogLevelKey+"="+spec.LogLevel)

@@ -1,6 +1,7 @@
 // Command probe is a plugin for the tests of the launch room and of both locks.
 // Its name decides how it starts, its one method does what its argument says:
-// among it all that a plugin must not be able to do.
+// among it all that a plugin must not be able to do. It is served by go-plugin,
+// as a plugin that does not use package serve may be.
 package main
 
 import (
@@ -65,7 +66,7 @@ func main() {
 		fmt.Println("1|1|unix|/run/some.sock|grpc")
 		time.Sleep(time.Hour)
 	case "no-socket":
-		fmt.Printf("1|1|unix|%s/none|grpc\n", os.Getenv("PLUGIN_UNIX_SOCKET_DIR"))
+		fmt.Printf("1|1|unix|%s/none|grpc\n", os.Getenv(handshake.SocketDirKey))
 		time.Sleep(time.Hour)
 	case "future":
 		major = 7
@@ -88,7 +89,7 @@ func main() {
 			MagicCookieKey:   handshake.MagicCookieKey,
 			MagicCookieValue: handshake.MagicCookieValue,
 		},
-		VersionedPlugins: map[int]plugin.PluginSet{major: {handshake.PluginName: p}},
+		VersionedPlugins: map[int]plugin.PluginSet{major: {"format": p}},
 		GRPCServer:       plugin.DefaultGRPCServer,
 		Logger:           hclog.NewNullLogger(),
 	})
