@@ -9,20 +9,22 @@ import (
 	"github.com/instar-img/instar/sdk/ondisk"
 )
 
+// Tables are read through maxPages of memory: 4 MiB for all files of an image.
 const (
 	pageSize = 64 << 10
-	maxPages = 32
+	maxPages = 64
 )
 
-// tableCache reads small pieces of a file through a few pages of memory, so
-// that neighbouring grain tables cost one read.
-type tableCache struct {
-	file sdk.File
-	size int64 // of the file when it was opened
-
+// pageCache holds the pages of an image's files that were read last.
+type pageCache struct {
 	mu    sync.Mutex
-	pages map[int64]*page
+	pages map[pageKey]*page
 	clock uint64
+}
+
+type pageKey struct {
+	file *tableCache
+	n    int64
 }
 
 type page struct {
@@ -30,20 +32,27 @@ type page struct {
 	used uint64
 }
 
-func newTableCache(f sdk.File, size int64) *tableCache {
-	return &tableCache{file: f, size: size, pages: make(map[int64]*page)}
+func newPageCache() *pageCache { return &pageCache{pages: make(map[pageKey]*page)} }
+
+// tableCache reads small pieces of a file through pages, so that neighbouring
+// grain tables cost one read.
+type tableCache struct {
+	file  sdk.File
+	size  int64 // of the file when it was opened, or last changed
+	cache *pageCache
 }
 
 // read fills dst from off. What lies beyond the end of the file is corrupt;
 // what names the structure.
-func (c *tableCache) read(what string, dst []byte, off int64) error {
-	if !ondisk.Within(off, int64(len(dst)), c.size) {
-		return fmt.Errorf("%s: %#x bytes at %#x beyond end of file %#x: %w", what, len(dst), off, c.size, sdk.ErrCorrupt)
-	}
+func (t *tableCache) read(what string, dst []byte, off int64) error {
+	c := t.cache
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if !ondisk.Within(off, int64(len(dst)), t.size) {
+		return fmt.Errorf("%s: %#x bytes at %#x beyond end of file %#x: %w", what, len(dst), off, t.size, sdk.ErrCorrupt)
+	}
 	for len(dst) > 0 {
-		p, err := c.page(off / pageSize)
+		p, err := c.page(pageKey{t, off / pageSize})
 		if err != nil {
 			return fmt.Errorf("%s: read at %#x: %w", what, off, err)
 		}
@@ -57,9 +66,9 @@ func (c *tableCache) read(what string, dst []byte, off int64) error {
 	return nil
 }
 
-func (c *tableCache) page(n int64) (*page, error) {
+func (c *pageCache) page(key pageKey) (*page, error) {
 	c.clock++
-	if p := c.pages[n]; p != nil {
+	if p := c.pages[key]; p != nil {
 		p.used = c.clock
 		return p, nil
 	}
@@ -67,30 +76,34 @@ func (c *tableCache) page(n int64) (*page, error) {
 	if len(c.pages) < maxPages {
 		p = &page{data: make([]byte, pageSize)}
 	} else {
-		oldest := int64(-1)
+		var oldest pageKey
 		for k, q := range c.pages {
-			if oldest < 0 || q.used < c.pages[oldest].used {
-				oldest = k
+			if p == nil || q.used < p.used {
+				oldest, p = k, q
 			}
 		}
-		p = c.pages[oldest]
 		delete(c.pages, oldest)
 	}
-	got, err := c.file.ReadAt(p.data[:pageSize], n*pageSize)
+	got, err := key.file.file.ReadAt(p.data[:pageSize], key.n*pageSize)
 	if err != nil && err != io.EOF {
 		return nil, err
 	}
 	p.data, p.used = p.data[:got], c.clock
-	c.pages[n] = p
+	c.pages[key] = p
 	return p, nil
 }
 
-// drop forgets what was read, and takes note of the file's length.
-func (c *tableCache) drop() {
+// drop forgets what was read of the file, and takes note of its length.
+func (t *tableCache) drop() {
+	c := t.cache
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	clear(c.pages)
-	if size, err := c.file.Size(); err == nil {
-		c.size = size
+	for k := range c.pages {
+		if k.file == t {
+			delete(c.pages, k)
+		}
+	}
+	if size, err := t.file.Size(); err == nil {
+		t.size = size
 	}
 }

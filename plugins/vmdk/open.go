@@ -25,6 +25,7 @@ type image struct {
 	descLength int64 // bytes kept for it; 0: the rest of the file
 	createType string
 
+	cache  *pageCache
 	layout atomic.Pointer[layout]
 	writer writer
 }
@@ -82,7 +83,7 @@ func (format) Open(_ context.Context, req sdk.OpenRequest) (sdk.Image, error) {
 	if req.Snapshot != "" {
 		return nil, fmt.Errorf("snapshot %q: %w", req.Snapshot, sdk.ErrNotFound)
 	}
-	img := &image{main: req.Files[0].File, readWrite: req.ReadWrite, check: req.Check, descAt: -1}
+	img := &image{main: req.Files[0].File, readWrite: req.ReadWrite, check: req.Check, descAt: -1, cache: newPageCache()}
 	var err error
 	if img.mainSize, err = img.main.Size(); err != nil {
 		return nil, fmt.Errorf("size: %w", err)
@@ -321,7 +322,7 @@ func (e *extent) setTables(f sdk.File, index int, size, sectors int64, s *sparse
 	if !img.check && !ondisk.Within(s.directory, s.tables*s.entrySize, size) {
 		return corrupt("Grain directory of %d entries at %#x beyond end of file %#x", s.tables, s.directory, size)
 	}
-	s.cache = newTableCache(f, size)
+	s.cache = &tableCache{file: f, size: size, cache: img.cache}
 	e.length, e.file, e.index, e.fileSize, e.sparse = length, f, index, size, s
 	return nil
 }
@@ -410,16 +411,16 @@ func (img *image) Attach(_ context.Context, files []sdk.NamedFile) error { retur
 func (img *image) attach(files []sdk.NamedFile) error {
 	old := img.layout.Load()
 	l := &layout{files: old.files + len(files)}
+	byRole := make(map[string]int, len(files))
+	for j, f := range files {
+		byRole[f.Role] = j
+	}
 	for i, e := range old.extents {
 		next := *e
-		for j, f := range files {
-			if f.Role != e.role || e.file != nil || e.role == sdk.RoleMain {
-				continue
-			}
-			if err := next.open(f.File, old.files+j, img); err != nil {
+		if j, ok := byRole[e.role]; ok && e.file == nil {
+			if err := next.open(files[j].File, old.files+j, img); err != nil {
 				return fmt.Errorf("extent %d (%s): %w", i, e.line.name, err)
 			}
-			break
 		}
 		l.extents = append(l.extents, &next)
 	}

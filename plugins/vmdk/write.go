@@ -16,7 +16,8 @@ import (
 	"github.com/instar-img/instar/sdk/ondisk"
 )
 
-// maxTables is how many changed grain tables are kept in memory: 8 MiB of them.
+// maxTables is how many grain tables are kept in memory for all files of an
+// image: 8 MiB of them.
 const maxTables = 4096
 
 // writer is the state of writing into an image. New grains go to the end of
@@ -30,6 +31,7 @@ type writer struct {
 	fresh   bool // no grain was allocated, no flat extent
 	layout  *layout
 	extents []*extentWriter // by extent; nil for those that are not sparse
+	tables  int             // in memory
 	stream  *streamWriter   // nil but for streamOptimized
 }
 
@@ -40,6 +42,7 @@ type extentWriter struct {
 	end    int64 // host offset of the next new grain
 	exists int64 // length of the file before
 	tables map[int64]*tableBuffer
+	writer *writer
 }
 
 // tableBuffer is a grain table in memory.
@@ -78,7 +81,7 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 		case e.sparse.compressed && len(l.extents) > 1:
 			return sdk.WriteInfo{}, fmt.Errorf("write: extent %d: compressed extents of a split image can only be read: %w", i, sdk.ErrReadOnly)
 		}
-		x, err := e.newWriter(ctx)
+		x, err := e.newWriter(ctx, w)
 		if err != nil {
 			return sdk.WriteInfo{}, fmt.Errorf("write: extent %d: %w", i, err)
 		}
@@ -103,9 +106,9 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 	return info, nil
 }
 
-func (e *extent) newWriter(ctx context.Context) (*extentWriter, error) {
+func (e *extent) newWriter(ctx context.Context, w *writer) (*extentWriter, error) {
 	s := e.sparse
-	x := &extentWriter{e: e, exists: e.fileSize, fresh: true, tables: make(map[int64]*tableBuffer)}
+	x := &extentWriter{e: e, exists: e.fileSize, fresh: true, tables: make(map[int64]*tableBuffer), writer: w}
 	end := max(s.overhead, sectorSize)
 	if e.fileSize > s.overhead {
 		// A device is longer than what it holds: look for the end.
@@ -420,9 +423,14 @@ func (x *extentWriter) table(off int64) (t *tableBuffer, j int64, err error) {
 	if t = x.tables[i]; t != nil {
 		return t, j, nil
 	}
-	if len(x.tables) >= maxTables {
-		if err := x.flush(); err != nil {
-			return nil, 0, err
+	if x.writer.tables >= maxTables {
+		for _, other := range x.writer.extents {
+			if other == nil {
+				continue
+			}
+			if err := other.flush(); err != nil {
+				return nil, 0, err
+			}
 		}
 	}
 	t = &tableBuffer{entries: make([]byte, s.entries*s.entrySize)}
@@ -443,6 +451,7 @@ func (x *extentWriter) table(off int64) (t *tableBuffer, j int64, err error) {
 		return nil, 0, err
 	}
 	x.tables[i] = t
+	x.writer.tables++
 	return t, j, nil
 }
 
@@ -540,6 +549,9 @@ func (x *extentWriter) zero(off int64, backing bool) error {
 
 // flush writes the tables that changed.
 func (x *extentWriter) flush() error {
+	if len(x.tables) == 0 {
+		return nil
+	}
 	if !x.fresh {
 		if err := x.e.file.Sync(); err != nil {
 			return err
@@ -559,6 +571,7 @@ func (x *extentWriter) flush() error {
 			}
 		}
 	}
+	x.writer.tables -= len(x.tables)
 	clear(x.tables)
 	x.e.sparse.cache.drop()
 	return nil

@@ -446,3 +446,38 @@ func TestEncodeIntoSparse(t *testing.T) {
 		}
 	}
 }
+
+// Tables beyond those kept in memory are written on the way.
+func TestManyTables(t *testing.T) {
+	const n = maxTables + 100
+	path := formattest.Create(t, New(), t.TempDir(), "x.vmdk", n*(32<<20), "")
+	o := formattest.Open(t, New(), path, true)
+	w := o.Image.(sdk.Writer)
+	ctx := context.Background()
+	if _, err := w.BeginWrite(ctx, sdk.WriteRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	for i := range int64(n) {
+		if _, err := w.Place(ctx, []sdk.Run{{Offset: i * (32 << 20), Length: 64 << 10}}); err != nil {
+			t.Fatal(err)
+		}
+		if kept := len(o.Image.(*image).writer.extents[0].tables); kept > maxTables {
+			t.Fatalf("%d tables in memory", kept)
+		}
+	}
+	if err := w.Finish(ctx); err != nil {
+		t.Fatal(err)
+	}
+	o = formattest.Open(t, New(), path, false)
+	found := 0
+	for _, e := range o.Map() {
+		if e.Kind == sdk.Data {
+			found++
+		}
+	}
+	if found != n {
+		t.Errorf("%d grains of %d", found, n)
+	}
+	cleanCheck(t, path)
+	formattest.Oracle(t, "qemu-img", "check", path)
+}
