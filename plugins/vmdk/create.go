@@ -221,8 +221,8 @@ func (p *plan) nameFiles(d *descriptor, req sdk.CreateRequest, size int64) error
 }
 
 // extentRole is the role of the file of extent i where it is the first that
-// lies in it.
-func extentRole(i int) string { return "extent:" + strconv.Itoa(i) }
+// lies in it: qemu-img calls the node extents.I.
+func extentRole(i int) string { return "extents:" + strconv.Itoa(i) }
 
 func preallocation(o option.Values) sdk.Preallocation {
 	switch o.StringOr("preallocation", "off") {

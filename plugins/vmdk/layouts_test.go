@@ -278,7 +278,7 @@ func TestHostileNamesAreData(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := []sdk.Reference{{Kind: sdk.RefExtent, Role: "extent:0", Name: name, Required: true}}
+		want := []sdk.Reference{{Kind: sdk.RefExtent, Role: "extents:0", Name: name, Required: true}}
 		if d := cmp.Diff(want, info.References); d != "" {
 			t.Errorf("%q (-want +got):\n%s", name, d)
 		}
