@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/instar-img/instar/cmd/instar/internal/render"
 	"github.com/instar-img/instar/internal/host/ahead"
 	"github.com/instar-img/instar/internal/host/errno"
 	"github.com/instar-img/instar/internal/host/gate"
@@ -62,17 +63,31 @@ func (a *app) exit(ctx context.Context, err error) (int, string) {
 		return 1, fmt.Sprintf("%s\nTry '%s --help' for more information", usage.text, a.name)
 	}
 	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		var late errTimeout
+		if errors.As(context.Cause(ctx), &late) {
+			return 1, late.Error()
+		}
 		return 130, "interrupted"
 	}
 	var several reports
 	if !errors.As(err, &several) {
-		return 1, errno.Text(err)
+		return 1, lines(errno.Text(err))
 	}
 	texts := make([]string, len(several))
 	for i, e := range several {
-		texts[i] = errno.Text(e)
+		texts[i] = lines(errno.Text(e))
 	}
 	return 1, strings.Join(texts, "\n"+a.name+": ")
+}
+
+// lines makes characters visible that would steer a terminal, in a text of one
+// or more lines: it may hold what images say.
+func lines(s string) string {
+	parts := strings.Split(s, "\n")
+	for i := range parts {
+		parts[i] = render.Escape(parts[i])
+	}
+	return strings.Join(parts, "\n")
 }
 
 // reports are errors that are printed one by one, each with the prefix.
@@ -109,7 +124,7 @@ func (a *app) opener() (*image.Opener, error) {
 }
 
 // warn prints a warning, once.
-func (a *app) warn(text string) { fmt.Fprintf(a.err, "%s: warning: %s\n", a.name, text) }
+func (a *app) warn(text string) { fmt.Fprintf(a.err, "%s: warning: %s\n", a.name, render.Escape(text)) }
 
 // terminal reports whether results go to a terminal.
 func (a *app) terminal() bool {
@@ -204,7 +219,7 @@ func (a *app) rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err.Error()} })
 	root.PersistentFlags().BoolVarP(&a.verbose, "verbose", "v", false, "say what is done beside the result, on standard error")
 	root.AddCommand(
-		a.createCommand(),
+		a.bound(a.createCommand(), false),
 		a.bound(a.convertCommand(), false),
 		a.bound(a.ddCommand(), false),
 		a.bound(a.infoCommand(), true),

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -28,12 +29,15 @@ const untrustedVariable = "INSTAR_UNTRUSTED"
 const (
 	untrustedMemory     = 256 << 20
 	untrustedCPUSeconds = 30
+	// untrustedTimeout ends verbs that look at metadata alone: a plugin that
+	// waits uses no processor time.
+	untrustedTimeout = 2 * time.Minute
 )
 
 func (p *policyFlags) register(flags *pflag.FlagSet) {
 	flags.BoolVar(&p.untrusted, "untrusted", envBool(untrustedVariable), "follow no reference, refuse ambiguous content, limit memory and time ("+untrustedVariable+"=1)")
 	flags.StringVar(&p.maxMemory, "max-memory", "", "memory that each plugin may use (256M where --untrusted)")
-	flags.DurationVar(&p.timeout, "timeout", 0, "time after which the command ends with an error")
+	flags.DurationVar(&p.timeout, "timeout", 0, "time after which the command ends with an error (2m for metadata where --untrusted)")
 }
 
 // envBool reports whether an environment variable says yes.
@@ -77,17 +81,25 @@ func (a *app) bound(cmd *cobra.Command, metadataOnly bool) *cobra.Command {
 			return err
 		}
 		a.limits = limits
-		if a.policy.timeout <= 0 {
+		timeout := a.policy.timeout
+		if timeout <= 0 && a.policy.untrusted && metadataOnly {
+			timeout = untrustedTimeout
+		}
+		if timeout <= 0 {
 			return run(cmd, args)
 		}
-		ctx, cancel := context.WithTimeoutCause(cmd.Context(), a.policy.timeout, errTimeout{a.policy.timeout})
-		defer cancel()
+		// Not a deadline: gRPC would tell the plugin of it, which then could end
+		// a request before we do, with an error of its own.
+		ctx, cancel := context.WithCancelCause(cmd.Context())
+		timer := time.AfterFunc(timeout, func() { cancel(errTimeout{timeout}) })
+		defer timer.Stop()
+		defer cancel(nil)
 		cmd.SetContext(ctx)
 		err = run(cmd, args)
-		if err != nil && ctx.Err() != nil && cmd.Context() == ctx {
-			if cause, ok := context.Cause(ctx).(errTimeout); ok {
-				return cause
-			}
+		var cause errTimeout
+		var said exitCode
+		if err != nil && !errors.As(err, &said) && errors.As(context.Cause(ctx), &cause) {
+			return cause
 		}
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 
@@ -113,6 +114,9 @@ func (p *plan) Measure(ctx context.Context, req sdk.MeasureRequest) (sdk.Measure
 	if err != nil {
 		return sdk.MeasureResult{}, wire.FromStatus(err)
 	}
+	if r.GetRequired() < 0 || r.GetFullyAllocated() < 0 {
+		return sdk.MeasureResult{}, fmt.Errorf("plugin measured negative sizes (%d, %d)", r.GetRequired(), r.GetFullyAllocated())
+	}
 	return sdk.MeasureResult{Required: r.GetRequired(), FullyAllocated: r.GetFullyAllocated(), Bitmaps: r.GetBitmaps()}, nil
 }
 
@@ -177,12 +181,18 @@ func (m *Image) Supports(iface any) bool {
 // were attached.
 func (m *Image) Info(context.Context) (*sdk.Info, error) { return m.info, nil }
 
+// closeTimeout bounds the wait for a plugin that has nothing left to do for an
+// image.
+const closeTimeout = 2 * time.Second
+
 // Close has the plugin drop the image.
 func (m *Image) Close() error {
 	if m.scratch != nil {
 		_ = m.scratch.Close() // memory only
 	}
-	_, err := m.format.rpc.CloseImage(context.Background(), &pb.CloseImageRequest{Image: m.id})
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	_, err := m.format.rpc.CloseImage(ctx, &pb.CloseImageRequest{Image: m.id})
 	return wire.FromStatus(err)
 }
 
@@ -261,7 +271,7 @@ func (m *Image) Check(ctx context.Context, req sdk.CheckRequest) (*sdk.CheckResu
 		}
 		if req.Message != nil {
 			for _, text := range r.GetMessages() {
-				req.Message(text)
+				req.Message(wire.OneLine(text))
 			}
 		}
 		if req.Progress != nil && r.GetProgress() > 0 {

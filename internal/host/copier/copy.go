@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
+	"math"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -120,6 +122,8 @@ type copy_ struct {
 	clones cloner
 	carry  []sdk.Placement // of the unit that the last step ended in
 
+	limits []int64 // of host offsets in the target's files
+
 	done                     atomic.Int64
 	written, cloned, encoded atomic.Int64
 }
@@ -148,6 +152,9 @@ func Copy(ctx context.Context, src *Source, dst *Target, opts Options) (Stats, e
 	c.limit.rate = opts.Rate
 	c.ctx, c.cancel = context.WithCancelCause(ctx)
 	defer c.cancel(nil)
+	if err := c.bounds(); err != nil {
+		return Stats{}, err
+	}
 	if err := c.memory(); err != nil {
 		return Stats{}, err
 	}
@@ -188,6 +195,36 @@ func (c *copy_) progress(n int64) {
 	if done := c.done.Add(n); c.opts.Progress != nil && n > 0 {
 		c.opts.Progress(done, c.dst.Size)
 	}
+}
+
+// Room for what a format stores beside the data: beyond the disk's size as much
+// again, and these.
+const (
+	roomUnits = 4
+	roomBytes = 64 << 20
+)
+
+// bounds decides how far into the files a target may place data: no format
+// needs more than this, and a file of exabytes is no image.
+func (c *copy_) bounds() error {
+	add := func(a, b int64) int64 {
+		if b > math.MaxInt64-a {
+			return math.MaxInt64
+		}
+		return a + b
+	}
+	room := add(add(c.dst.Size, c.dst.Size), roomBytes)
+	for range roomUnits {
+		room = add(room, c.info.Unit)
+	}
+	for _, f := range c.dst.Files {
+		length, err := f.Seek(0, io.SeekEnd) // of devices too
+		if err != nil {
+			return err
+		}
+		c.limits = append(c.limits, add(length, room))
+	}
+	return nil
 }
 
 // memory decides on the size of cells and makes the pool of their memory.
@@ -866,7 +903,7 @@ func (c *copy_) covers(runs []sdk.Run, places []sdk.Placement) error {
 				return fmt.Errorf("target placed less than it was asked to, up to guest offset %#x: %w", pos, sdk.ErrCorrupt)
 			}
 			p := places[i]
-			if p.Offset != pos || p.Length <= 0 || p.Length > r.Offset+r.Length-pos || p.File < 0 || p.File >= len(c.dst.Files) || p.HostOffset < 0 || p.HostOffset > 1<<63-1-p.Length {
+			if p.Offset != pos || p.Length <= 0 || p.Length > r.Offset+r.Length-pos || p.File < 0 || p.File >= len(c.dst.Files) || p.HostOffset < 0 || p.HostOffset > c.limits[p.File]-p.Length {
 				return fmt.Errorf("target placed guest offset %#x at %+v: %w", pos, p, sdk.ErrCorrupt)
 			}
 			pos += p.Length

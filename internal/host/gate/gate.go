@@ -44,10 +44,16 @@ type Error struct {
 
 func (e *Error) Error() string {
 	if e.Referrer == "" {
-		return fmt.Sprintf("Could not open '%s': %s", e.Reference, e.Rule)
+		return fmt.Sprintf("Could not open '%s': %s", OneLine(e.Reference), e.Rule)
 	}
-	return fmt.Sprintf("Could not open '%s', which '%s' refers to: %s", e.Reference, e.Referrer, e.Rule)
+	return fmt.Sprintf("Could not open '%s', which '%s' refers to: %s", OneLine(e.Reference), OneLine(e.Referrer), e.Rule)
 }
+
+// OneLine returns a name from an image without the line breaks that would make
+// an error of it look like several.
+func OneLine(name string) string { return breaks.Replace(name) }
+
+var breaks = strings.NewReplacer("\n", `\n`, "\r", `\r`)
 
 // Unwrap gives the class: such requests are not met.
 func (e *Error) Unwrap() error { return sdk.ErrInvalid }
@@ -341,9 +347,10 @@ func named(err error, path, referrer string) error {
 	case err == nil:
 		return nil
 	case !errors.As(err, &kind):
-		return &errno.Error{Text: "Could not open '" + path + "'", Err: err}
+		return &errno.Error{Text: "Could not open '" + OneLine(path) + "'", Err: err}
 	case kind.kind() == "directory" && referrer == "":
 		// qemu-img's words.
+		path := OneLine(path)
 		return &sdk.Error{Text: "Could not open '" + path + "': 'file' driver requires '" + path + "' to be a regular file", Class: sdk.ErrInvalid}
 	}
 	return &Error{Reference: path, Referrer: referrer, Rule: kind.Error()}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"strings"
 
 	"github.com/instar-img/instar/internal/host/discover"
 	"github.com/instar-img/instar/internal/host/output"
@@ -85,6 +86,20 @@ func (req *CreateRequest) created(plan sdk.PlanInfo) *Created {
 	return made
 }
 
+// furtherName checks the name of a further file: it is made from the image's
+// own, so that no plugin can choose another file to be replaced.
+func furtherName(req *CreateRequest, name string) error {
+	base := filepath.Base(req.Path)
+	stem := strings.TrimSuffix(base, filepath.Ext(base))
+	if stem == "" {
+		stem = base
+	}
+	if !strings.HasPrefix(name, stem) || name == base {
+		return fmt.Errorf("plugin %s planned a file %.100q, which is not named after %q: %w", req.Plugin.Manifest.Name, name, base, sdk.ErrInvalid)
+	}
+	return nil
+}
+
 // begin makes the files that a plan wants.
 func begin(ctx context.Context, req *CreateRequest, plan sdk.PlanInfo) (_ *output.Set, _ []sdk.NamedFile, err error) {
 	if len(plan.Files) == 0 || plan.Files[0].Role != sdk.RoleMain {
@@ -107,6 +122,9 @@ func begin(ctx context.Context, req *CreateRequest, plan sdk.PlanInfo) (_ *outpu
 	for i, p := range plan.Files {
 		f := set.Main()
 		if i > 0 {
+			if err := furtherName(req, p.Name); err != nil {
+				return nil, nil, err
+			}
 			if f, err = set.Add(p.Name); err != nil {
 				return nil, nil, err
 			}

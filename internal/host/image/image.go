@@ -150,7 +150,7 @@ func (o *Opener) Open(ctx context.Context, path string, opts Options) (*Chain, e
 }
 
 func couldNotOpen(name string, err error) error {
-	return fmt.Errorf("Could not open '%s': %w", name, err)
+	return fmt.Errorf("Could not open '%s': %w", gate.OneLine(name), err)
 }
 
 // openTop opens the image itself, at the snapshot asked for.

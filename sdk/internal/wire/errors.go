@@ -3,7 +3,10 @@ package wire
 import (
 	"context"
 	"errors"
+	"strconv"
+	"strings"
 	"syscall"
+	"unicode"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -76,14 +79,48 @@ func FromStatus(err error) error {
 		return err
 	}
 	if s.Code() == codes.Canceled {
-		return &remoteError{text: s.Message(), class: context.Canceled}
+		return &remoteError{text: OneLine(s.Message()), class: context.Canceled}
 	}
 	for _, x := range s.Details() {
 		if d, ok := x.(*pb.ErrorDetail); ok {
 			return FromDetail(s.Message(), d)
 		}
 	}
+	if s.Code() != codes.Unavailable && OneLine(s.Message()) != s.Message() {
+		return &remoteError{text: OneLine(s.Message())}
+	}
 	return err
+}
+
+// maxText bounds the text of an error that a plugin sends, in bytes.
+const maxText = 2048
+
+// OneLine returns a text as one line of bounded length: what a plugin says must
+// not pass for what the core says, nor steer a terminal.
+func OneLine(s string) string {
+	cut := len(s) > maxText
+	if cut {
+		s = s[:maxText]
+	}
+	s = strings.ToValidUTF8(s, "?")
+	for _, r := range s {
+		if unicode.IsControl(r) {
+			var b strings.Builder
+			for _, r := range s {
+				if unicode.IsControl(r) {
+					b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
+				} else {
+					b.WriteRune(r)
+				}
+			}
+			s = b.String()
+			break
+		}
+	}
+	if cut {
+		s += "..."
+	}
+	return s
 }
 
 // FromDetail rebuilds an error of its text and detail.
@@ -93,9 +130,9 @@ func FromDetail(text string, d *pb.ErrorDetail) error {
 		if oe.Error() == text {
 			return oe
 		}
-		return &remoteError{text: text, class: oe}
+		return &remoteError{text: OneLine(text), class: oe}
 	}
-	e := &remoteError{text: text}
+	e := &remoteError{text: OneLine(text)}
 	for _, c := range classes {
 		if c.name == d.GetClass() {
 			e.class = c.err

@@ -13,6 +13,7 @@ import (
 // bucket the member added last comes first.
 type Object struct {
 	members []member
+	index   map[string]int // into members, where they are many
 }
 
 // member values are string, bool, int64, uint64, *Object and []any of them.
@@ -24,13 +25,36 @@ type member struct {
 
 // Set adds a member, or replaces the value of one that is there.
 func (o *Object) Set(key string, value any) {
-	for i := range o.members {
-		if o.members[i].key == key {
-			o.members[i].value = value
-			return
-		}
+	if i, ok := o.find(key); ok {
+		o.members[i].value = value
+		return
 	}
 	o.members = append(o.members, member{key, value, bucket(key)})
+	if o.index != nil {
+		o.index[key] = len(o.members) - 1
+	}
+}
+
+// fewMembers are found as fast without an index.
+const fewMembers = 64
+
+func (o *Object) find(key string) (int, bool) {
+	if o.index == nil && len(o.members) > fewMembers {
+		o.index = make(map[string]int, 2*len(o.members))
+		for i := range o.members {
+			o.index[o.members[i].key] = i
+		}
+	}
+	if o.index != nil {
+		i, ok := o.index[key]
+		return i, ok
+	}
+	for i := range o.members {
+		if o.members[i].key == key {
+			return i, true
+		}
+	}
+	return 0, false
 }
 
 // sorted returns the members in the order of printing.

@@ -1,0 +1,417 @@
+//go:build linux
+
+package hostile
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// liar builds the test plugin, once.
+var liar = sync.OnceValues(func() (string, error) {
+	dir := filepath.Join(os.Getenv("XDG_RUNTIME_DIR"), "liar")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return "", err
+	}
+	path := filepath.Join(dir, "liar")
+	build := exec.Command("go", "build", "-tags", "grpcnotrace", "-o", path, "./testdata/liar")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%w\n%s", err, out)
+	}
+	return path, os.Chmod(path, 0o755)
+})
+
+// lying is a directory with the liar installed as a plugin, and one to work in.
+type lying struct {
+	t       *testing.T
+	name    string
+	plugins string
+	dir     string
+	runtime string // of socket directories
+}
+
+func install(t *testing.T, name string) *lying {
+	t.Helper()
+	path, err := liar()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &lying{t: t, name: name, plugins: filepath.Join(t.TempDir(), "plugins"), dir: t.TempDir(), runtime: runtimeDir(t)}
+	if err := os.Mkdir(l.plugins, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(l.plugins, "instar-format-"+name)
+	if err := os.Symlink(path, program); err != nil {
+		t.Fatal(err)
+	}
+	manifest, err := exec.Command(program, "--manifest").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, l.plugins, "instar-format-"+name+".json", manifest)
+	write(t, l.dir, "src", bytes.Repeat([]byte("instar! "), 1<<20/8))
+	write(t, l.dir, "precious", []byte("precious"))
+	return l
+}
+
+func (l *lying) command(args ...string) command {
+	return command{Argv: args, Dir: l.dir, Env: []string{"INSTAR_PLUGIN_PATH=" + l.plugins, "XDG_RUNTIME_DIR=" + l.runtime}}
+}
+
+func (l *lying) run(args ...string) *result {
+	l.t.Helper()
+	r := l.command(args...).run(l.t)
+	l.clean()
+	return r
+}
+
+// clean checks that a run that failed left nothing and spoilt nothing.
+func (l *lying) clean() {
+	l.t.Helper()
+	noSocketDirs(l.t, l.runtime)
+	for _, name := range strings.Fields(listing(l.t, l.dir)) {
+		if name != "src" && name != "precious" && name != "old" {
+			l.t.Errorf("%s was left", name)
+			os.Remove(filepath.Join(l.dir, name))
+		}
+	}
+	if b, err := os.ReadFile(filepath.Join(l.dir, "precious")); err != nil || string(b) != "precious" {
+		l.t.Errorf("precious is now %q (%v)", clip(string(b)), err)
+	}
+}
+
+// reached is a point at which a plugin may misbehave, and a command line that
+// gets there.
+type reached struct {
+	when string
+	args string // @ is the plugin's format
+}
+
+var points = []reached{
+	{"start", "info -f @ src"},
+	{"describe", "info -f @ src"},
+	{"open", "info -f @ src"},
+	{"info", "info -f @ src"},
+	{"map", "map -f @ src"},
+	{"map", "convert -f @ -O raw src out"},
+	{"map", "compare -f @ -F raw src src"},
+	{"map", "measure -f @ -O qcow2 src"},
+	{"decode", "convert -f @ -O raw src out"},
+	{"decode", "dd -f @ -O raw if=src of=out"},
+	{"check", "check -f @ src"},
+	{"inspect", "inspect -f @ src"},
+	{"plan", "create -f @ out 1M"},
+	{"emit", "create -f @ out 1M"},
+	{"measure", "measure -O @ --size 1M"},
+	{"begin", "convert -f raw -O @ src out"},
+	{"place", "convert -f raw -O @ src out"},
+	{"finish", "convert -f raw -O @ src out"},
+	{"encode", "convert -c -f raw -O @ src out"},
+	{"close", "check -f @ src src"},
+}
+
+func (p reached) words(name string) []string {
+	return strings.Fields(strings.ReplaceAll(p.args, "@", name))
+}
+
+// forEach runs a test for each point.
+func forEach(t *testing.T, how string, test func(t *testing.T, l *lying, p reached, words []string)) {
+	for _, p := range points {
+		verb, _, _ := strings.Cut(p.args, " ")
+		t.Run(p.when+"/"+verb, func(t *testing.T) {
+			t.Parallel()
+			name := how + "-" + p.when
+			if p.when == "inspect" {
+				t.Skip("inspect chooses the plugin by content: see TestInspectHang")
+			}
+			test(t, install(t, name), p, p.words(name))
+		})
+	}
+}
+
+// A plugin that dies is named, with how it ended.
+func TestDies(t *testing.T) {
+	for how, want := range map[string]string{"exit": "status 3", "panic": "for no reason"} {
+		t.Run(how, func(t *testing.T) {
+			forEach(t, how, func(t *testing.T, l *lying, p reached, words []string) {
+				r := l.run(words...)
+				if p.when == "close" {
+					return // the answer was there before
+				}
+				line := r.oneLine(t)
+				if p.when != "start" && !(strings.Contains(line, l.name) && strings.Contains(line, want)) {
+					t.Errorf("got %s", line)
+				}
+			})
+		})
+	}
+}
+
+// Where a plugin hangs, --timeout ends the run, and so does an interrupt.
+func TestHangs(t *testing.T) {
+	t.Run("timeout", func(t *testing.T) {
+		forEach(t, "hang", func(t *testing.T, l *lying, p reached, words []string) {
+			r := l.run(append(words, "--timeout", "1s")...)
+			if p.when == "close" && r.Code == 0 {
+				return // nothing depends on the answer
+			}
+			if line := r.oneLine(t); !strings.Contains(line, "timed out after 1s") {
+				t.Errorf("got %s", line)
+			}
+			if r.Wall > 30*time.Second {
+				t.Errorf("took %v", r.Wall)
+			}
+		})
+	})
+	t.Run("interrupt", func(t *testing.T) {
+		forEach(t, "hang", func(t *testing.T, l *lying, p reached, words []string) {
+			c := l.command(words...)
+			c.Interrupt = time.Second
+			r := c.run(t)
+			l.clean()
+			if p.when == "close" && r.Code == 0 {
+				return
+			}
+			if line := r.oneLine(t); r.Code != 130 || line != "instar: interrupted" {
+				t.Errorf("got %d: %s", r.Code, line)
+			}
+		})
+	})
+}
+
+// Text of a plugin is shown on one line, cut, and without its control
+// characters.
+func TestShouts(t *testing.T) {
+	forEach(t, "shout", func(t *testing.T, l *lying, p reached, words []string) {
+		if p.when == "start" || p.when == "describe" || p.when == "close" {
+			t.Skip("nothing it says there is heard")
+		}
+		l.run(words...).oneLine(t)
+	})
+}
+
+func TestFlood(t *testing.T) {
+	for _, p := range []reached{{"open", "info -f @ src"}, {"decode", "convert -f @ -O raw src out"}, {"start", "info -f @ src"}} {
+		t.Run(p.when, func(t *testing.T) {
+			l := install(t, "flood-"+p.when)
+			r := l.command(p.words(l.name)...).run(t)
+			noSocketDirs(t, l.runtime)
+			if len(r.Stderr) > 8192 {
+				t.Errorf("%d bytes of noise reached the user", len(r.Stderr))
+			}
+			if p.when != "start" && r.Code != 0 {
+				t.Errorf("exit code %d: %s", r.Code, clip(r.Stderr))
+			}
+		})
+	}
+}
+
+func TestEats(t *testing.T) {
+	for _, extra := range []string{"--max-memory=64M", "--untrusted"} {
+		for _, p := range []reached{{"open", "info -f @ src"}, {"map", "map -f @ src"}, {"decode", "convert -f @ -O raw src out"}, {"check", "check -f @ src"}} {
+			t.Run(p.when+extra, func(t *testing.T) {
+				l := install(t, "eat-"+p.when)
+				c := l.command(append(p.words(l.name), extra)...)
+				c.CPU = 30
+				r := c.start(t)
+				l.clean()
+				if line := r.oneLine(t); !strings.Contains(line, "memory") {
+					t.Errorf("got %s", line)
+				}
+				if most := int64(450 << 20); r.MaxRSS > most {
+					t.Errorf("it got %d MiB", r.MaxRSS>>20)
+				}
+			})
+		}
+	}
+}
+
+// lies are answers that are not true: how-when, and the command lines that ask.
+var lies = []struct {
+	name   string
+	args   string // separated by ;
+	refuse bool   // all must fail
+}{
+	{"map-beyond", "map -f @ src; convert -f @ -O raw src out; compare -f @ -F raw src src; measure -f @ -O qcow2 src", false},
+	{"map-overlap", "map -f @ src; convert -f @ -O raw src out; measure -f @ -O qcow2 src", false},
+	{"map-overflow", "map -f @ src; convert -f @ -O raw src out; compare -f @ -F raw src src", true},
+	{"map-file", "map -f @ src; convert -f @ -O raw src out; compare -f @ -F raw src src; measure -f @ -O qcow2 src", true},
+	{"map-long", "map -f @ src; convert -f @ -O raw src out", true},
+	{"map-max", "map -f @ src; convert -f @ -O raw src out", true},
+	{"map-negative", "map -f @ src; convert -f @ -O raw src out", true},
+	{"map-none", "map -f @ src; convert -f @ -O raw src out", true},
+	{"map-short", "map -f @ src; convert -f @ -O raw src out", true},
+	{"map-kind", "map -f @ src; convert -f @ -O raw src out", true},
+	{"map-nowhere", "map -f @ src; convert -f @ -O raw src out", true},
+	{"map-encoded", "map -f @ src; convert -f @ -O raw src out; dd -f @ -O raw if=src of=out bs=4k skip=3 count=1", false},
+	{"map-huge", "map -f @ src; convert -f @ -O raw src out", false},
+	{"info-negative", "info -f @ src; convert -f @ -O raw src out", true},
+	{"info-max", "info -f @ src; map -f @ --timeout 2s src; convert -f @ -O raw --timeout 2s src out; measure -f @ -O qcow2 --timeout 2s src", false},
+	{"info-unit", "info -f @ src; convert -f @ -O raw src out; measure -f @ -O qcow2 src", false},
+	{"info-kind", "info -f @ src", true},
+	{"info-many", "info -f @ src; info -f @ --output json src", false},
+	{"info-big", "info -f @ src", true},
+	{"info-deep", "info -f @ src; info -f @ --output json src", false},
+	{"info-snapshot", "info -f @ src; info -f @ --output json src", false},
+	{"info-utf8", "info -f @ src", false},
+	{"check-counts", "check -f @ src; check -f @ --output json src", false},
+	{"check-progress", "check -f @ src", false},
+	{"measure-lie", "measure -O @ --size 1M; measure -O @ --size 1M --output json", true},
+	{"plan-none", "create -f @ out 1M; convert -f raw -O @ src out; measure -O @ --size 1M", false},
+	{"plan-role", "create -f @ out 1M; convert -f raw -O @ src out", true},
+	{"plan-up", "create -f @ out 1M; convert -f raw -O @ src out", true},
+	{"plan-absolute", "create -f @ out 1M; convert -f raw -O @ src out", true},
+	{"plan-same", "create -f @ out 1M; convert -f raw -O @ src out", true},
+	{"plan-dot", "create -f @ out 1M", true},
+	{"plan-empty", "create -f @ out 1M", true},
+	{"plan-nul", "create -f @ out 1M", true},
+	{"plan-long", "create -f @ out 1M", true},
+	{"plan-negative", "create -f @ out 1M; convert -f raw -O @ src out", true},
+	{"plan-huge", "create -f @ out 1M; convert -f raw -O @ src out", false},
+	{"plan-full", "create -f @ out 1M", true},
+	{"unit-zero", "convert -f raw -O @ src out", true},
+	{"unit-negative", "convert -f raw -O @ src out", true},
+	{"unit-one", "convert -f raw -O @ src out; convert -c -f raw -O @ src out", false},
+	{"unit-odd", "convert -f raw -O @ src out; convert -c -f raw -O @ src out", false},
+	{"unit-max", "convert -f raw -O @ src out; convert -c -f raw -O @ src out", false},
+	{"unit-maxexplode", "convert -f raw -O @ src out; convert -c -f raw -O @ src out", false},
+	{"unit-big", "convert -f raw -O @ src out", false},
+	{"unit-encode", "convert -f raw -O @ src out", true},
+	{"unit-encode64", "convert -f raw -O @ src out", false},
+	{"place-far", "convert -f raw -O @ src out; dd -f raw -O @ if=src of=out", true},
+	{"place-beyond", "convert -f raw -O @ src out", true},
+	{"place-max", "convert -f raw -O @ src out", true},
+	{"place-overflow", "convert -f raw -O @ src out", true},
+	{"place-negative", "convert -f raw -O @ src out", true},
+	{"place-file", "convert -f raw -O @ src out", true},
+	{"place-filenegative", "convert -f raw -O @ src out", true},
+	{"place-short", "convert -f raw -O @ src out", true},
+	{"place-long", "convert -f raw -O @ src out", true},
+	{"place-other", "convert -f raw -O @ src out", true},
+	{"place-none", "convert -f raw -O @ src out", true},
+	{"place-twice", "convert -f raw -O @ src out", true},
+}
+
+func TestLies(t *testing.T) {
+	for _, lie := range lies {
+		t.Run(lie.name, func(t *testing.T) {
+			t.Parallel()
+			l := install(t, lie.name)
+			before, err := os.ReadFile(filepath.Join(l.dir, "src"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, args := range strings.Split(lie.args, "; ") {
+				r := l.command(reached{args: args}.words(lie.name)...).run(t)
+				differ := strings.HasPrefix(args, "compare") && r.Code == 1 && r.Stderr == ""
+				if (lie.refuse || r.Code != 0) && !differ {
+					r.oneLine(t)
+					l.clean()
+				}
+				os.Remove(filepath.Join(l.dir, "out"))
+			}
+			l.clean()
+			if after, err := os.ReadFile(filepath.Join(l.dir, "src")); err != nil || !bytes.Equal(before, after) {
+				t.Errorf("the source was changed (%v)", err)
+			}
+		})
+	}
+	for _, path := range []string{"/tmp/escaped-by-the-liar"} {
+		if _, err := os.Lstat(path); err == nil {
+			t.Errorf("%s was made", path)
+		}
+	}
+}
+
+// A plan for a file that is there is no way to spoil it.
+func TestPlanExisting(t *testing.T) {
+	l := install(t, "plan-existing")
+	for _, args := range []string{"create -f @ out 1M", "convert -f raw -O @ src out"} {
+		r := l.command(reached{args: args}.words(l.name)...).run(t)
+		if r.Code != 0 {
+			r.oneLine(t)
+			l.clean()
+		}
+	}
+}
+
+// Without an end, an answer is cut short by --timeout.
+func TestEndless(t *testing.T) {
+	for name, args := range map[string]string{
+		"map-endless":   "convert -f @ -O raw --timeout 2s src out",
+		"map-empty":     "map -f @ --timeout 2s src",
+		"check-endless": "check -f @ --timeout 2s src",
+		"spin-open":     "info -f @ --timeout 2s src",
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := install(t, name)
+			c := l.command(reached{args: args}.words(name)...)
+			c.CPU = 60
+			r := c.start(t)
+			l.clean()
+			if name == "check-endless" {
+				// Its messages are the result, up to the end.
+				_, r.Stderr, _ = strings.Cut(r.Stderr, "instar: ")
+				r.Stderr = "instar: " + r.Stderr
+			}
+			r.oneLine(t)
+			if r.MaxRSS > memoryMost {
+				t.Errorf("%d MiB of memory", r.MaxRSS>>20)
+			}
+		})
+	}
+}
+
+// What a plugin names is not opened for it under --untrusted.
+func TestReferencesOfTheTakenOver(t *testing.T) {
+	for _, kind := range []string{"backing", "data", "extent"} {
+		t.Run(kind, func(t *testing.T) {
+			l := install(t, "info-"+kind)
+			secret := write(t, l.dir, "SECRET", bytes.Repeat([]byte("secret  "), 1<<17))
+			opened := watch(t, secret)
+			for _, args := range []string{"info -f @ src", "map -f @ src", "check -f @ src", "convert -f @ -O raw src out", "compare -f @ -F raw src src", "dd -f @ -O raw if=src of=out", "measure -f @ -O qcow2 src", "info -f @ --backing-chain src"} {
+				l.command(append(reached{args: args}.words(l.name), "--untrusted")...).run(t)
+				if opened() {
+					t.Errorf("%s: it was opened", args)
+				}
+				if b, err := os.ReadFile(filepath.Join(l.dir, "out")); err == nil && bytes.Contains(b, []byte("secret")) {
+					t.Errorf("%s: its content leaked", args)
+				}
+				os.Remove(filepath.Join(l.dir, "out"))
+			}
+		})
+	}
+}
+
+// A plugin that is not what its manifest says is an error that names both.
+func TestManifestDisagrees(t *testing.T) {
+	l := install(t, "honest")
+	path := filepath.Join(l.plugins, "instar-format-honest.json")
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for from, to := range map[string]string{`"version": "1"`: `"version": "2"`, `"check",`: ``} {
+		changed := bytes.Replace(b, []byte(from), []byte(to), 1)
+		if bytes.Equal(changed, b) {
+			t.Fatalf("%s is not in %s", from, b)
+		}
+		write(t, l.plugins, "instar-format-honest.json", changed)
+		line := l.run("info", "-f", "honest", "src").oneLine(t)
+		if !strings.Contains(line, path) || !strings.Contains(line, filepath.Join(l.plugins, "instar-format-honest")+" ") {
+			t.Errorf("got %s", line)
+		}
+	}
+	for _, junk := range []string{"", "{", "[]", `{"name":"honest"}`, `{"name":"honest","version":"1","protocols":[7],"capabilities":["open"]}`, strings.Repeat("[", 100_000), `{"name":"../../x","version":"1","protocols":[1],"capabilities":["open"]}`} {
+		write(t, l.plugins, "instar-format-honest.json", []byte(junk))
+		l.run("info", "-f", "honest", "src").oneLine(t)
+	}
+}
