@@ -18,8 +18,9 @@ import (
 //
 //	BASE/instar-UID/PID-N
 //
-// BASE is $XDG_RUNTIME_DIR, the temporary directory or /tmp. Its owner keeps a
-// lock on it, so that a later run can tell what a killed one left behind from
+// BASE is $XDG_RUNTIME_DIR, $TMPDIR, /dev/shm (making a directory and a socket
+// in memory takes a tenth of the time that it takes on disk) or /tmp. The owner
+// of a directory keeps a lock on it, so that a later run can tell what a killed one left behind from
 // what another running one uses, also across process id namespaces.
 type socketDir struct {
 	base string
@@ -48,14 +49,12 @@ func newSocketDir() (*socketDir, error) {
 func baseDirs() []string {
 	name := "instar-" + strconv.Itoa(os.Geteuid())
 	var dirs []string
-	for _, parent := range []string{os.Getenv("XDG_RUNTIME_DIR"), os.TempDir(), "/tmp"} {
+	for _, parent := range []string{os.Getenv("XDG_RUNTIME_DIR"), os.Getenv("TMPDIR"), "/dev/shm", "/tmp"} {
 		if !path.IsAbs(parent) || len(parent)+len(name)+24 > maxSocketPath {
 			continue
 		}
 		dir := path.Join(parent, name)
-		if len(dirs) == 0 || dirs[len(dirs)-1] != dir {
-			dirs = append(dirs, dir)
-		}
+		dirs = append(dirs, dir)
 	}
 	return dirs
 }
