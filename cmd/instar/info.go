@@ -76,12 +76,13 @@ func registerLayout(flags *pflag.FlagSet, layout *string) {
 
 // childName is the name of a file below its image, as qemu-img has it.
 func childName(role string) string {
-	switch role {
-	case sdk.RoleMain:
+	if role == sdk.RoleMain {
 		return "file"
-	default:
-		return strings.ReplaceAll(role, ":", ".")
 	}
+	if kind, number, ok := strings.Cut(role, ":"); ok {
+		return kind + "s." + number // extents.0
+	}
+	return role
 }
 
 // style returns how text is laid out for --qemu-version.

@@ -131,6 +131,7 @@ func TestInfoEqualsQemu(t *testing.T) {
 			t.Fatal(err)
 		}
 		got := fmt.Sprintf(`{"type":%q,"data":%s}`, o.Info.SpecificType, factsJSON(t, o.Info.Specific))
+		got = strings.Replace(got, `"detached-header":false,`, "", 1) // since qemu-img 9
 		if got != compact.String() {
 			t.Errorf("%v:\n%s\nqemu-img says\n%s", args, got, compact.String())
 		}
