@@ -121,7 +121,7 @@ func (c *checker) blocks(ctx context.Context) error {
 			return nil
 		}
 		lo, hi := int64(entry)*sectorSize, img.dataAt(entry)+img.blockSize()
-		if previous >= 0 && (lo < previous || lo-previous >= dataAlignment) {
+		if previous >= 0 && (lo < previous || lo-previous >= alignmentGap) {
 			c.res.FragmentedClusters++
 		}
 		previous = hi

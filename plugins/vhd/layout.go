@@ -2,26 +2,24 @@ package vhd
 
 import "github.com/instar-img/instar/sdk/ondisk"
 
-// layout says where new blocks go: behind each other, with the data, not the
-// bitmap before it, at an aligned offset, so that copies between files may share
-// storage.
+// layout says where new blocks go: behind each other, each with its bitmap
+// before it. Aligning the data to the blocks of a file system would let copies
+// share storage, and would make files larger than others write them.
 type layout struct {
 	blockSize int64
 	bitmap    int64 // bytes before each block's data
-	align     int64
 }
 
-// dataAlignment is the block size of the usual file systems.
-const dataAlignment = 4096
+// alignmentGap is less than what other programs leave between blocks in order
+// to align their data.
+const alignmentGap = 4096
 
 func newLayout(blockSize int64) layout {
-	return layout{blockSize: blockSize, bitmap: bitmapSize(blockSize), align: min(blockSize, dataAlignment)}
+	return layout{blockSize: blockSize, bitmap: bitmapSize(blockSize)}
 }
 
 // next returns the host offset of the bitmap of a block placed at or after end.
-func (l layout) next(end int64) int64 {
-	return ondisk.DivUp(end+l.bitmap, l.align)*l.align - l.bitmap
-}
+func (l layout) next(end int64) int64 { return ondisk.DivUp(end, sectorSize) * sectorSize }
 
 // end returns where the file's data ends after n blocks placed from at on. It
 // is exact for sizes that a 32-bit sector number can address.
