@@ -1,0 +1,116 @@
+package image
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/instar-img/instar/sdk"
+)
+
+func TestParseImageOptions(t *testing.T) {
+	for _, c := range []struct {
+		in   string
+		want Source
+	}{
+		{"driver=qcow2,file.filename=a", Source{Path: "a", Format: "qcow2"}},
+		{"driver=qcow2,file.driver=file,file.filename=a,,b", Source{Path: "a,b", Format: "qcow2"}},
+		{"file.filename=a,force-share=on", Source{Path: "a", Shared: true}},
+		{"driver=file,filename=a", Source{Path: "a", Protocol: true}},
+		{"driver=qcow2,file.filename=a,backing.driver=raw,backing.file.filename=b",
+			Source{Path: "a", Format: "qcow2", Overrides: []Override{{Path: "b", Format: "raw"}}}},
+		{"file.filename=a,backing.file.filename=b,backing.backing.file.filename=c,backing.backing.driver=raw",
+			Source{Path: "a", Overrides: []Override{{Path: "b"}, {Path: "c", Format: "raw"}}}},
+		{"file.filename=a,backing=", Source{Path: "a", Overrides: []Override{{None: true}}}},
+	} {
+		got, err := ParseImageOptions(c.in)
+		if err != nil {
+			t.Errorf("%s: %v", c.in, err)
+		} else if diff := cmp.Diff(&c.want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", c.in, diff)
+		}
+	}
+	for in, want := range map[string]string{
+		"a.qcow2":                          "Cannot find device='a.qcow2' nor node-name='a.qcow2'",
+		"driver=qcow2":                     "A block device must be specified",
+		"file.filename=a,color=blue":       `image option "color" is not supported`,
+		"file.driver=nbd,file.filename=a":  "file.driver=nbd is not supported",
+		"file=x,file.filename=a":           "given both as a value and as a node",
+		"file.filename=a,backing=node":     "node names have no meaning",
+		"file.filename=a,force-share=some": "force-share",
+	} {
+		if _, err := ParseImageOptions(in); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", in, err, want)
+		}
+	}
+}
+
+func TestParseName(t *testing.T) {
+	for _, c := range []struct {
+		in   string
+		want Source
+	}{
+		{"a.qcow2", Source{Path: "a.qcow2"}},
+		{"file:a.qcow2", Source{Path: "a.qcow2"}},
+		{"dir/json:{}", Source{Path: "dir/json:{}"}},
+		{`json:{"driver":"qcow2","file":{"driver":"file","filename":"a"}}`, Source{Path: "a", Format: "qcow2"}},
+		{`json:{"driver":"qcow2","file.filename":"a"}`, Source{Path: "a", Format: "qcow2"}},
+		{`json:{"file.filename":"a","backing":null}`, Source{Path: "a", Overrides: []Override{{None: true}}}},
+		{`json:{"file.filename":"a","backing":{"driver":"raw","file":{"filename":"b"}}}`,
+			Source{Path: "a", Overrides: []Override{{Path: "b", Format: "raw"}}}},
+	} {
+		got, err := ParseName(c.in)
+		if err != nil {
+			t.Errorf("%s: %v", c.in, err)
+		} else if diff := cmp.Diff(&c.want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", c.in, diff)
+		}
+	}
+	for in, want := range map[string]string{
+		"json:{bad":                            "Could not parse the JSON options",
+		`json:{"file.filename":"a"}{}`:         "trailing text",
+		`json:{"file.filename":["a"]}`:         "a list has no meaning here",
+		`json:{"driver":"qcow2"}`:              "A block device must be specified",
+		`json:{"file":"node"}`:                 "node names have no meaning",
+		`json:{"file":{"filename":"a","x":1}}`: `"file.x" is not supported`,
+	} {
+		if _, err := ParseName(in); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", in, err, want)
+		}
+	}
+}
+
+func FuzzParseName(f *testing.F) {
+	f.Add(`{"driver":"qcow2","file":{"filename":"a"},"backing":{"file.filename":"b"}}`)
+	f.Add(`{"a.b.c":1,"a":{"b":null}}`)
+	f.Fuzz(func(t *testing.T, s string) {
+		source, err := ParseName("json:" + s)
+		if err == nil && source.Path == "" {
+			t.Errorf("no path out of %s", s)
+		}
+	})
+}
+
+func TestFindSnapshot(t *testing.T) {
+	list := []sdk.Snapshot{{ID: "1", Name: "2"}, {ID: "2", Name: "two"}, {ID: "3", Name: "two"}}
+	for which, want := range map[string]string{
+		"1": "1", "two": "2", "2": "2", "3": "3",
+		"snapshot.name=2":                 "1",
+		"snapshot.id=2":                   "2",
+		"snapshot.id=3,snapshot.name=two": "3",
+	} {
+		if got, err := FindSnapshot(list, which); err != nil || got != want {
+			t.Errorf("%s: %q %v, want %q", which, got, err, want)
+		}
+	}
+	for _, which := range []string{"4", "", "snapshot.name=1", "snapshot.id=1,snapshot.name=two"} {
+		if got, err := FindSnapshot(list, which); !errors.Is(err, sdk.ErrNotFound) {
+			t.Errorf("%s: %q %v", which, got, err)
+		}
+	}
+	if _, err := FindSnapshot(list, "snapshot.color=blue"); err == nil || err.Error() != "Invalid parameter 'snapshot.color'" {
+		t.Errorf("unknown key: %v", err)
+	}
+}
