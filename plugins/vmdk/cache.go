@@ -1,6 +1,7 @@
 package vmdk
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -85,7 +86,7 @@ func (c *pageCache) page(key pageKey) (*page, error) {
 		delete(c.pages, oldest)
 	}
 	got, err := key.file.file.ReadAt(p.data[:pageSize], key.n*pageSize)
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
 	p.data, p.used = p.data[:got], c.clock

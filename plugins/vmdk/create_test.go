@@ -73,7 +73,7 @@ type fileHead struct {
 
 // stat returns a file's length and its content, of files longer than 4 MiB the
 // first 4 MiB.
-func stat(t *testing.T, path string) fileHead {
+func stat(t testing.TB, path string) fileHead {
 	t.Helper()
 	f, err := os.Open(path)
 	if err != nil {

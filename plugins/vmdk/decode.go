@@ -167,5 +167,5 @@ func corruptStream(err error) error {
 	if err == nil {
 		err = io.ErrNoProgress
 	}
-	return fmt.Errorf("%v: %w", err, sdk.ErrCorrupt)
+	return fmt.Errorf("%w: %w", err, sdk.ErrCorrupt)
 }

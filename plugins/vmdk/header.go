@@ -37,7 +37,7 @@ const (
 )
 
 // maxCompressedGrain bounds the memory that decoding takes.
-const maxCompressedGrain = 32 << 20
+const maxCompressedGrain = 8 << 20
 
 // sparseHeader is the header (and footer) of a hosted sparse extent
 // (SparseExtentHeader). Offsets and sizes are in sectors.

@@ -309,7 +309,7 @@ func TestHostileHeaders(t *testing.T) {
 		{"grain size 0", func(h *sparseHeader) { h.grainSize = 0 }, "L1 entry size is invalid"},
 		{"grain size 3", func(h *sparseHeader) { h.grainSize = 3 }, "Invalid granularity of 3 sectors, a power of two is needed"},
 		{"grain size 2^40", func(h *sparseHeader) { h.grainSize = 1 << 40 }, "Invalid granularity, image may be corrupt"},
-		{"compressed grains of 1 GiB", func(h *sparseHeader) { h.grainSize, h.compression = 1<<21, 1 }, "Compressed grains of 1073741824 bytes, at most 33554432 are supported"},
+		{"compressed grains of 1 GiB", func(h *sparseHeader) { h.grainSize, h.compression = 1<<21, 1 }, "Compressed grains of 1073741824 bytes, at most 8388608 are supported"},
 		{"table of 0", func(h *sparseHeader) { h.tableEntries = 0 }, "L1 entry size is invalid"},
 		{"table of 513", func(h *sparseHeader) { h.tableEntries = 513 }, "L2 table size too big"},
 		{"version 4", func(h *sparseHeader) { h.version = 4 }, "Unsupported VMDK version 4"},

@@ -257,7 +257,7 @@ func readSparseHeader(f sdk.File, size int64) (sparseHeader, error) {
 		return h, corrupt("Invalid footer")
 	}
 	b = make([]byte, 3*sectorSize)
-	if n, err := f.ReadAt(b, end-int64(len(b))); err != nil && (err != io.EOF || n < 2*sectorSize) {
+	if n, err := f.ReadAt(b, end-int64(len(b))); err != nil && (!errors.Is(err, io.EOF) || n < 2*sectorSize) {
 		return h, fmt.Errorf("footer: %w", err)
 	}
 	var foot, eos marker
