@@ -70,6 +70,8 @@ type Child struct {
 	status syscall.WaitStatus
 	usage  syscall.Rusage
 	limits Limits
+	group  *cgroup // nil where there is none
+	ranOut bool    // of the memory of its group
 }
 
 // Start runs a program. Its first line on stdout tells where it listens.
@@ -241,7 +243,9 @@ func isOurs(pid int) bool {
 // wait waits for the process to end, and closes done.
 func (c *Child) wait() {
 	awaitExit(c.id)
+	ranOut := c.leaveGroup()
 	c.mu.Lock()
+	c.ranOut = ranOut
 	var status syscall.WaitStatus
 	for {
 		if _, err := syscall.Wait4(c.id, &status, 0, &c.usage); err != syscall.EINTR {
@@ -345,6 +349,7 @@ func (c *Child) ExitError(name string) error {
 	limit := time.Duration(c.limits.CPUSeconds) * time.Second
 	return &ExitError{
 		Plugin: name, Status: c.status, Killed: c.killed, Output: c.last.line(),
+		RanOut: c.status.Signaled() && c.ranOut,
 		UsedUp: c.status.Signaled() && limit > 0 && used >= limit,
 	}
 }
@@ -354,6 +359,7 @@ type ExitError struct {
 	Plugin string
 	Status syscall.WaitStatus
 	Killed bool   // by the core
+	RanOut bool   // of the memory that it was given
 	UsedUp bool   // the processor time that it was given
 	Output string // the most telling line that it wrote to stderr
 }
@@ -364,6 +370,8 @@ func (e *ExitError) Error() string {
 	switch {
 	case e.Killed:
 		b.WriteString("was stopped")
+	case e.RanOut:
+		b.WriteString("ran out of memory")
 	case e.UsedUp || e.Status.Signaled() && e.Status.Signal() == syscall.SIGXCPU:
 		b.WriteString("used up its processor time")
 	case e.Status.Signaled():
@@ -472,7 +480,7 @@ type teeReader struct {
 
 func (t *teeReader) Read(p []byte) (int, error) {
 	n, err := t.f.Read(p)
-	t.w.Write(p[:n])
+	_, _ = t.w.Write(p[:n])
 	if err != nil {
 		t.once.Do(func() {
 			if t.closed != nil {

@@ -93,6 +93,7 @@ func (c *Child) SetLimits(limits Limits) {
 		// Not RLIMIT_AS: a Go program reserves far more addresses than it uses.
 		most := uint64(limits.MemoryBytes) + memoryOverhead
 		set(unix.RLIMIT_DATA, most, most)
+		c.limitGroup(pid, limits)
 	}
 }
 
@@ -111,9 +112,40 @@ func awaitExit(pid int) {
 }
 
 func startError(err error, confined bool) error {
-	if err == syscall.EACCES && confined {
+	if errors.Is(err, syscall.EACCES) && confined {
 		// Not wrapped: it is no file of the caller's to which access is denied.
 		return errors.New("start: permission denied: in its sandbox a program that is not one static binary needs the runtime-roots of its manifest")
 	}
 	return fmt.Errorf("start: %w", err)
+}
+
+// limitGroup puts the process into a control group, where there can be one.
+func (c *Child) limitGroup(pid int, limits Limits) {
+	g := newCgroup(limits)
+	if g == nil {
+		return
+	}
+	if err := g.add(pid); err != nil {
+		g.remove()
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.group = g
+}
+
+// leaveGroup ends what else is in the control group, and removes it. It reports
+// whether the kernel killed for want of memory.
+func (c *Child) leaveGroup() bool {
+	c.mu.Lock()
+	g := c.group
+	c.group = nil
+	c.mu.Unlock()
+	if g == nil {
+		return false
+	}
+	ranOut := g.ranOut()
+	g.kill()
+	g.remove()
+	return ranOut
 }

@@ -55,3 +55,8 @@ func (c *Child) killTree() {
 	unix.Kill(-c.id, unix.SIGKILL)
 	unix.Kill(c.id, unix.SIGKILL)
 }
+
+// cgroup is a Linux matter.
+type cgroup struct{}
+
+func (c *Child) leaveGroup() bool { return false }
