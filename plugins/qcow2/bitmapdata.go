@@ -100,6 +100,10 @@ func (im *image) ReadBitmap(ctx context.Context, name string, yield func([]sdk.R
 	return nil
 }
 
+// maxNewBitmapTable bounds the table of a bitmap that is in memory: with 64 KiB
+// clusters it is enough for a petabyte in sectors.
+const maxNewBitmapTable = 4 << 20
+
 // newBitmap is a bitmap on its way into the image. One cluster of it is in
 // memory: ranges come in ascending order.
 type newBitmap struct {
@@ -167,7 +171,7 @@ func (w *writer) bitmap(b sdk.BitmapInfo) (*newBitmap, error) {
 		return bad("more than %d bitmaps", maxBitmaps)
 	}
 	clusters := im.g.bitmapClusters(im.size, b.Granularity)
-	if clusters == 0 || clusters > maxBitmapTable {
+	if clusters == 0 || clusters > maxNewBitmapTable {
 		return bad("table of %d entries", clusters)
 	}
 	n := &newBitmap{index: -1, table: make([]uint64, clusters)}

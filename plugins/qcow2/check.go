@@ -257,6 +257,10 @@ func (c *checker) tables(off, entries int64, active bool, fix sdk.Fix) error {
 		return nil
 	}
 	c.reference(off, entries*8)
+	limit, err := c.im.tableLimit()
+	if err != nil {
+		return err
+	}
 	const per = tablePartSize / 8
 	part := make([]byte, tablePartSize)
 	table := make([]byte, c.im.g.clusterSize)
@@ -280,6 +284,11 @@ func (c *checker) tables(off, entries int64, active bool, fix sdk.Fix) error {
 			if l2&(c.im.g.clusterSize-1) != 0 {
 				c.say("ERROR l2_offset=%x: Table is not cluster aligned; L1 entry corrupted", l2)
 				c.res.Corruptions++
+			}
+			if limit--; limit < 0 {
+				c.res.Corruptions++
+				c.say("ERROR %v", errTooManyTables)
+				return errTooManyTables
 			}
 			if err := c.table(l2, table, active, fix); err != nil {
 				return err

@@ -271,7 +271,8 @@ func (p *plan) eachMapping(table func(l1Index, cluster int64) error, data func(m
 			if err := needTable(guest); err != nil {
 				return 0, err
 			}
-			host, err := expect, error(nil)
+			host := expect
+			var err error
 			if expect < 0 {
 				host, err = p.alloc.alloc(n)
 			} else {

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -56,7 +57,7 @@ func (im *image) Decode(ctx context.Context, e sdk.Extent, dst []byte) error {
 	d.in = d.in[:e.EncodedLength]
 	// The last sector may be cut by the end of the file.
 	n, err := f.ReadAt(d.in, e.HostOffset)
-	if err != nil && (err != io.EOF || n == 0) {
+	if err != nil && (!errors.Is(err, io.EOF) || n == 0) {
 		return fmt.Errorf("guest offset %#x: compressed cluster at %#x: %w", e.Offset, e.HostOffset, err)
 	}
 	out := dst

@@ -64,6 +64,10 @@ func (im *image) Map(ctx context.Context, off, length int64, yield func([]sdk.Ex
 	if err != nil {
 		return err
 	}
+	tables, err := im.tableLimit()
+	if err != nil {
+		return err
+	}
 	m := &mapper{im: im, file: file, sparse: im.preallocated(), end: off + length, yield: yield}
 	l2Span := int64(1) << im.g.l1Shift
 	for pos := off; pos < m.end && !m.stopped; {
@@ -88,6 +92,9 @@ func (im *image) Map(ctx context.Context, off, length int64, yield func([]sdk.Ex
 		if table&(im.g.clusterSize-1) != 0 {
 			return fmt.Errorf("L2 table offset %#x unaligned (L1 index: %#x): %w", table, index, sdk.ErrCorrupt)
 		}
+		if tables--; tables < 0 {
+			return errTooManyTables
+		}
 		if err := m.table(table, pos, end, pos&^(l2Span-1)); err != nil {
 			return err
 		}
@@ -97,6 +104,20 @@ func (im *image) Map(ctx context.Context, off, length int64, yield func([]sdk.Ex
 		m.yield(m.extents)
 	}
 	return nil
+}
+
+// errTooManyTables: L1 entries share L2 tables. A small file could keep a
+// reader busy for days.
+var errTooManyTables = fmt.Errorf("the L1 table refers to more L2 tables than the file has clusters: %w", sdk.ErrCorrupt)
+
+// tableLimit returns how many L2 tables an L1 table can refer to, with some to
+// spare for a file whose damage is not of that kind.
+func (im *image) tableLimit() (int64, error) {
+	if im.onDevice() {
+		return 1 << 62, nil
+	}
+	size, err := im.main.Size()
+	return im.g.clusters(size) + 64, err
 }
 
 // table maps [pos, end), which one L2 table covers from base on.
