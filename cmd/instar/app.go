@@ -37,9 +37,6 @@ type app struct {
 	current *session.Session
 }
 
-// qemuImg reports whether the program stands in for qemu-img.
-func (a *app) qemuImg() bool { return a.name == "qemu-img" }
-
 // usageError is an error in the command line itself.
 type usageError struct{ text string }
 

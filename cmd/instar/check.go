@@ -96,7 +96,7 @@ func (a *app) check(ctx context.Context, f *checkFlags, args []string) error {
 		return a.checkOne(ctx, f, fix, name, out.many, all.of(i))
 	}
 	emit := func(c *checked) error {
-		a.err.Write(c.messages.buf.Bytes())
+		_, _ = a.err.Write(c.messages.buf.Bytes())
 		if c.result == nil || f.quiet {
 			return nil
 		}

@@ -231,7 +231,6 @@ func (d *decoder) run(dst, src []byte) (int, error) {
 		n -= 3
 		switch kind {
 		case 0:
-			buf >>= n & 7
 			n -= n & 7
 			pos -= int(n / 8) // give whole bytes back
 			buf, n = 0, 0

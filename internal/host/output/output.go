@@ -673,7 +673,7 @@ func control(f *os.File, do func(fd int) error) error {
 	var doErr error
 	if err := conn.Control(func(fd uintptr) {
 		for {
-			if doErr = do(int(fd)); doErr != unix.EINTR {
+			if doErr = do(int(fd)); !errors.Is(doErr, unix.EINTR) {
 				return
 			}
 		}

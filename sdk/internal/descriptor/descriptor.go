@@ -134,7 +134,7 @@ func receiveOne(raw rawConn) (uint32, *os.File, error) {
 	var err error
 	if waitErr := raw.Read(func(fd uintptr) bool {
 		n, oobn, err = receiveMessage(int(fd), buf, oob)
-		return err != unix.EAGAIN && err != unix.EINTR
+		return !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR)
 	}); waitErr != nil {
 		return 0, nil, waitErr
 	}

@@ -9,7 +9,7 @@ import (
 
 // ErrUnmappable is map's, for data that no plain file holds: only the JSON
 // output can tell of it.
-var ErrUnmappable = errors.New("File contains external, encrypted or compressed clusters.") //nolint:staticcheck // qemu-img's text
+var ErrUnmappable = errors.New("File contains external, encrypted or compressed clusters.") // qemu-img's text
 
 // MapEntry is a run of guest bytes as map shows it.
 type MapEntry struct {
