@@ -117,7 +117,6 @@ type target struct {
 	args         []string
 	check        bool // qemu-img check knows the format
 	exact        bool // sizes are kept as they are
-	noOracle     bool // qemu-img has no such option: sizes are not compared
 }
 
 var targets = []target{
