@@ -79,10 +79,7 @@ func childName(role string) string {
 	if role == sdk.RoleMain {
 		return "file"
 	}
-	if kind, number, ok := strings.Cut(role, ":"); ok {
-		return kind + "s." + number // extents.0
-	}
-	return role
+	return strings.ReplaceAll(role, ":", ".")
 }
 
 // style returns how text is laid out for --qemu-version.
