@@ -47,10 +47,24 @@ Rules (formats add their own, see their documentation):
 	return cmd
 }
 
+// knownRules lists the names of the core's rules.
+func knownRules() []string {
+	var names []string
+	for _, r := range inspect.Rules {
+		names = append(names, r.Name)
+	}
+	return names
+}
+
 // inspect is the verb.
 func (a *app) inspect(ctx context.Context, f *inspectFlags, args []string) error {
 	if f.output != "human" && f.output != "json" {
 		return usagef("--output must be used with human or json as argument.")
+	}
+	for _, rule := range f.allow {
+		if !inspect.ValidRule(rule) {
+			return fmt.Errorf("--allow %q: no rule has such a name (known: %s, and those of the formats)", rule, strings.Join(knownRules(), ", "))
+		}
 	}
 	if len(args) != 1 {
 		return usagef("Expecting one image file name")

@@ -38,6 +38,12 @@ var Rules = []struct{ Name, Meaning string }{
 	{RuleUnexpected, "the image is not of the format that -f says"},
 }
 
+// ValidRule reports whether a rule can have this name: plugins have rules of
+// their own, so that what is not listed here may well be one.
+func ValidRule(name string) bool {
+	return name != "" && len(name) <= 64 && strings.Trim(name, "abcdefghijklmnopqrstuvwxyz-") == ""
+}
+
 // Request says what to inspect.
 type Request struct {
 	Path   string
@@ -180,6 +186,10 @@ func (v *Verdict) inspector(ctx context.Context, layer *image.Layer, find func(r
 	}
 	v.Features = append(v.Features, in.Features...)
 	for _, f := range in.Findings {
+		if !ValidRule(f.Rule) {
+			find(RuleUnreadable, "its plugin broke off: %.100q is no rule", f.Rule)
+			continue
+		}
 		find(f.Rule, "%s", f.Text)
 	}
 	return nil
@@ -204,7 +214,8 @@ func check(ctx context.Context, layer *image.Layer, find func(rule, format strin
 		return nil // parts that were not opened have rules of their own
 	case err != nil:
 		find(RuleCorrupt, "it cannot be checked: %v", err)
-	case r.Corruptions+r.CheckErrors > 0:
+	case r.Corruptions > 0 || (r.CheckErrors > 0 && len(layer.Refused) == 0):
+		// Errors in parts that were not opened say nothing.
 		find(RuleCorrupt, "%d corruptions and %d errors were found in its structures%s", r.Corruptions, r.CheckErrors, first)
 	}
 	return nil
