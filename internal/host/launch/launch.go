@@ -119,7 +119,7 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 			return &childRunner{Child: c, name: p.Manifest.Name}, nil
 		},
 	})
-	stop := context.AfterFunc(ctx, proc.Kill)
+	stop := context.AfterFunc(ctx, c.Kill) // connect then fails
 	err = proc.connect(client)
 	if !stop() && err == nil {
 		err = ctx.Err()

@@ -1,0 +1,5 @@
+package descriptor
+
+import "golang.org/x/sys/unix"
+
+const socketType = unix.SOCK_SEQPACKET
