@@ -26,7 +26,7 @@ func install(t *testing.T, manifest bool) (dir string) {
 		t.Fatal(err)
 	}
 	program := filepath.Join(dir, name)
-	build := exec.Command("go", "build", "-tags", "grpcnotrace", "-o", program, "../../examples/"+name)
+	build := exec.Command("go", "build", "-tags", "grpcnotrace", "-buildvcs=false", "-o", program, "../../examples/"+name)
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
