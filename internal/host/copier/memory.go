@@ -16,24 +16,31 @@ type slot struct {
 	pool   *pool
 }
 
-// pool hands out slots, and so bounds memory and what is in flight.
+// pool hands out slots, and so bounds memory and what is in flight. The slot
+// given back last is handed out first: it may still be in a cache.
 type pool struct {
-	free chan *slot
-	// make is called for each slot when it is first needed.
-	make   func() (*slot, error)
-	unmade chan struct{}
-	close  func() error
+	tokens chan struct{} // as many as slots are free
+	mu     sync.Mutex
+	free   []*slot
+	// make makes a slot when there are fewer than may be; nil where all are made.
+	make  func() *slot
+	close func() error
 	// decoder is what the slots' window is shared with, where it is a decoder.
 	decoder client.WindowDecoder
 }
 
+func emptyPool(n int) *pool {
+	p := &pool{tokens: make(chan struct{}, n)}
+	for range n {
+		p.tokens <- struct{}{}
+	}
+	return p
+}
+
 // newPool returns a pool of n slots of size bytes of plain memory.
 func newPool(n int, size int64) *pool {
-	p := &pool{free: make(chan *slot, n), unmade: make(chan struct{}, n)}
-	for range n {
-		p.unmade <- struct{}{}
-	}
-	p.make = func() (*slot, error) { return &slot{mem: make([]byte, size), pool: p}, nil }
+	p := emptyPool(n)
+	p.make = func() *slot { return &slot{mem: make([]byte, size), pool: p} }
 	p.close = func() error { return nil }
 	return p
 }
@@ -52,10 +59,11 @@ func newWindowPool(m windowMaker, n int, size int64) (*pool, error) {
 	if len(w.Mem) < n*int(size) {
 		return nil, fmt.Errorf("window of %d bytes, %d wanted", len(w.Mem), n*int(size))
 	}
-	p := &pool{free: make(chan *slot, n), close: w.Close}
+	p := emptyPool(n)
+	p.close = w.Close
 	for i := range n {
 		at := i * int(size)
-		p.free <- &slot{mem: w.Mem[at : at+int(size) : at+int(size)], window: w, offset: at, pool: p}
+		p.free = append(p.free, &slot{mem: w.Mem[at : at+int(size) : at+int(size)], window: w, offset: at, pool: p})
 	}
 	return p, nil
 }
@@ -63,22 +71,28 @@ func newWindowPool(m windowMaker, n int, size int64) (*pool, error) {
 // get waits for a slot.
 func (p *pool) get(ctx context.Context) (*slot, error) {
 	select {
-	case s := <-p.free:
-		return s, nil
-	default:
-	}
-	select {
-	case s := <-p.free:
-		return s, nil
-	case <-p.unmade:
-		return p.make()
+	case <-p.tokens:
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := len(p.free)
+	if n == 0 {
+		return p.make(), nil
+	}
+	s := p.free[n-1]
+	p.free = p.free[:n-1]
+	return s, nil
 }
 
 // put gives a slot back.
-func (s *slot) put() { s.pool.free <- s }
+func (s *slot) put() {
+	s.pool.mu.Lock()
+	s.pool.free = append(s.pool.free, s)
+	s.pool.mu.Unlock()
+	s.pool.tokens <- struct{}{}
+}
 
 // windowPools are pools in windows shared with decoders, made when needed.
 type windowPools struct {
