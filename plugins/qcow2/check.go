@@ -262,7 +262,7 @@ func (c *checker) tables(off, entries int64, active bool, fix sdk.Fix) error {
 		return err
 	}
 	const per = tablePartSize / 8
-	part := make([]byte, tablePartSize)
+	part := make([]byte, min(tablePartSize, entries*8))
 	table := make([]byte, c.im.g.clusterSize)
 	for first := int64(0); first < entries; first += per {
 		n := min(per, entries-first)
@@ -698,9 +698,9 @@ func (c *checker) copiedFlags() error {
 		word = "Repairing"
 	}
 	const per = tablePartSize / 8
-	part := make([]byte, tablePartSize)
-	table := make([]byte, g.clusterSize)
 	entries := int64(h.l1Size)
+	part := make([]byte, min(tablePartSize, entries*8))
+	table := make([]byte, g.clusterSize)
 	for first := int64(0); first < entries; first += per {
 		n := min(per, entries-first)
 		if err := readZeros(c.im.main, part[:n*8], int64(h.l1Offset)+first*8); err != nil {

@@ -75,8 +75,8 @@ func TestInfoEqualsQemu(t *testing.T) {
 		{"-o", "data_file=" + filepath.Join(dir, "data.raw") + ",data_file_raw=on"},
 		{"-u", "-b", "base.qcow2", "-F", "qcow2"},
 		{"--object", "secret,id=s,data=abc", "-o", "encrypt.format=aes,encrypt.key-secret=s"},
-		{"--object", "secret,id=s,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=50"},
-		{"--object", "secret,id=s,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=50,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256,encrypt.cipher-alg=serpent-128"},
+		{"--object", "secret,id=s,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"},
+		{"--object", "secret,id=s,data=abc", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256,encrypt.cipher-alg=serpent-128"},
 	} {
 		path := filepath.Join(dir, fmt.Sprintf("%d.qcow2", n))
 		create := append(append([]string{"create", "-q", "-f", "qcow2"}, args...), path, "3M")

@@ -110,14 +110,14 @@ func (im *image) Map(ctx context.Context, off, length int64, yield func([]sdk.Ex
 // reader busy for days.
 var errTooManyTables = fmt.Errorf("the L1 table refers to more L2 tables than the file has clusters: %w", sdk.ErrCorrupt)
 
-// tableLimit returns how many L2 tables an L1 table can refer to, with some to
+// tableLimit returns how many L2 tables an L1 table can refer to, with a few to
 // spare for a file whose damage is not of that kind.
 func (im *image) tableLimit() (int64, error) {
 	if im.onDevice() {
 		return 1 << 62, nil
 	}
 	size, err := im.main.Size()
-	return im.g.clusters(size) + 64, err
+	return im.g.clusters(size) + 4, err
 }
 
 // table maps [pos, end), which one L2 table covers from base on.

@@ -226,6 +226,9 @@ func (im *image) readExtensions() error {
 }
 
 func (im *image) readSnapshots() ([]snapshot, error) {
+	if im.h.snapshotCount == 0 {
+		return nil, nil
+	}
 	var list []snapshot
 	off := int64(im.h.snapshotsOffset)
 	start := off
