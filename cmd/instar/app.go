@@ -108,7 +108,20 @@ func (a *app) logger() hclog.Logger {
 	if level == hclog.NoLevel {
 		return nil
 	}
-	return hclog.New(&hclog.LoggerOptions{Name: a.name, Output: a.err, Level: level})
+	return hclog.New(&hclog.LoggerOptions{Name: a.name, Output: escaped{a.err}, Level: level})
+}
+
+// escaped takes what plugins log, which is no more to be trusted than what they
+// answer.
+type escaped struct{ w io.Writer }
+
+func (e escaped) Write(p []byte) (int, error) {
+	lines := strings.Split(strings.TrimSuffix(string(p), "\n"), "\n")
+	for i := range lines {
+		lines[i] = render.Escape(lines[i])
+	}
+	_, err := io.WriteString(e.w, strings.Join(lines, "\n")+"\n")
+	return len(p), err
 }
 
 // opener returns what opens images, under the policy of this run.
