@@ -25,6 +25,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -76,10 +77,12 @@ type file struct {
 	path string   // as the user or the plan calls it
 	dir  *os.File // where the file itself lies, symlinks followed
 	base string   // its name there
-	f    *os.File // what is written
-	old  *os.File // the existing file, open and locked; nil for a new one
-	tmp  string   // name in dir of f's temporary sibling; empty: f has no name
-	way  way
+	// borrowed: dir is that of the set's first file.
+	borrowed bool
+	f        *os.File // what is written
+	old      *os.File // the existing file, open and locked; nil for a new one
+	tmp      string   // name in dir of f's temporary sibling; empty: f has no name
+	way      way
 
 	prealloc sdk.Preallocation
 	done     bool   // has its name
@@ -148,8 +151,19 @@ func (s *Set) add(path string) (*os.File, error) {
 		fl.drop()
 		return nil, err
 	}
+	s.share(fl)
 	s.files = append(s.files, fl)
 	return fl.f, nil
+}
+
+// share gives a file the first one's descriptor of their directory: a set may
+// have thousands of files in one.
+func (s *Set) share(fl *file) {
+	if len(s.files) == 0 || fl.dir == nil || s.files[0].dir == nil || !sameFile(fl.dir, s.files[0].dir) {
+		return
+	}
+	fl.dir.Close()
+	fl.dir, fl.borrowed = s.files[0].dir, true
 }
 
 // alone checks that no two files of the set are one.
@@ -549,7 +563,7 @@ func (s *Set) Abort() {
 		return
 	}
 	s.closed = true
-	for _, fl := range s.files {
+	for _, fl := range slices.Backward(s.files) { // the first lends its directory
 		fl.drop()
 	}
 }
@@ -562,10 +576,13 @@ func (fl *file) drop() {
 		}
 	}
 	fl.tmp, fl.backup = "", ""
-	for _, f := range []*os.File{fl.f, fl.old, fl.dir} {
+	for _, f := range []*os.File{fl.f, fl.old} {
 		if f != nil {
 			f.Close()
 		}
+	}
+	if fl.dir != nil && !fl.borrowed {
+		fl.dir.Close()
 	}
 }
 

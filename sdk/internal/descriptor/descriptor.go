@@ -19,7 +19,7 @@ import (
 )
 
 // maxPending bounds the files that arrived and were not taken yet.
-const maxPending = 1024
+const maxPending = 65536
 
 // ErrClosed is returned when the core closed its end, or broke the protocol.
 var ErrClosed = errors.New("descriptor socket closed")
