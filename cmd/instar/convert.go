@@ -162,7 +162,7 @@ func (f *convertFlags) check(args []string) (copier.Options, error) {
 		}
 		o.Rate = int64(rate)
 	}
-	o.Compressed, o.Sparse, o.Reproducible, o.TargetIsZero = f.compress, int64(sparse), f.reproducible, f.targetIsZero
+	o.Compressed, o.Sparse, o.Reproducible, o.TargetIsZero, o.Offload = f.compress, int64(sparse), f.reproducible, f.targetIsZero, f.offload
 	if f.workersSet {
 		o.Workers = f.workers
 	}

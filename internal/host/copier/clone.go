@@ -19,6 +19,7 @@ const (
 // cloner knows which files can share their blocks with the target.
 type cloner struct {
 	off   bool
+	any   bool // the file system copies what it cannot share
 	mu    sync.Mutex
 	works map[*os.File]bool
 }
@@ -38,6 +39,14 @@ func (c *cloner) may(pieces []Extent) cloneAnswer {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.any {
+		for i := range pieces {
+			if pieces[i].Kind != Data {
+				return cloneNo
+			}
+		}
+		return cloneYes
+	}
 	answer := cloneYes
 	total := int64(0)
 	for i := range pieces {
@@ -58,6 +67,14 @@ func (c *cloner) may(pieces []Extent) cloneAnswer {
 		return cloneNo
 	}
 	return answer
+}
+
+// hope reports whether f may be tried: nobody has in vain.
+func (c *cloner) hope(f *os.File) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	works, tried := c.works[f]
+	return works || !tried
 }
 
 func (c *cloner) learn(f *os.File, works bool) {
@@ -89,7 +106,7 @@ func (c *copy_) clone(s *step) error {
 
 // share shares the bytes of e, or copies them, to host in f.
 func (c *copy_) share(e Extent, f *os.File, host int64) error {
-	if n := e.Length / cloneAlign * cloneAlign; n > 0 && host%cloneAlign == 0 {
+	if n := e.Length / cloneAlign * cloneAlign; n > 0 && host%cloneAlign == 0 && e.HostOffset%cloneAlign == 0 && c.clones.hope(e.File) {
 		c.reader.work <- struct{}{}
 		err := cloneRange(f, host, e.File, e.HostOffset, n)
 		<-c.reader.work
@@ -101,6 +118,14 @@ func (c *copy_) share(e Extent, f *os.File, host int64) error {
 		}
 	} else if n > 0 {
 		c.clones.learn(e.File, false)
+	}
+	if c.opts.Offload {
+		c.reader.work <- struct{}{}
+		n := copyRange(f, host, e.File, e.HostOffset, e.Length)
+		<-c.reader.work
+		c.written.Add(n)
+		e = e.from(n)
+		host += n
 	}
 	if e.Length == 0 {
 		return nil

@@ -34,3 +34,33 @@ func cloneRange(dst *os.File, dstOff int64, src *os.File, srcOff, length int64) 
 	}
 	return cloneErr
 }
+
+// copyRange has the kernel copy a range of src, and returns how much of it was
+// copied: it ends at the end of src, and where the kernel will not.
+func copyRange(dst *os.File, dstOff int64, src *os.File, srcOff, length int64) (copied int64) {
+	to, err := dst.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	from, err := src.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	// What is left is copied in another way, which reports errors.
+	_ = to.Control(func(dstFd uintptr) {
+		_ = from.Control(func(srcFd uintptr) {
+			for copied < length {
+				in, out := srcOff+copied, dstOff+copied
+				n, err := unix.CopyFileRange(int(srcFd), &in, int(dstFd), &out, int(min(length-copied, 1<<30)), 0)
+				if err == unix.EINTR {
+					continue
+				}
+				if err != nil || n <= 0 {
+					return
+				}
+				copied += int64(n)
+			}
+		})
+	})
+	return copied
+}

@@ -39,6 +39,9 @@ type Options struct {
 	TargetIsZero bool
 	// NoClone reads and writes what could be shared with the source.
 	NoClone bool
+	// Offload has the file system copy what it cannot share (-C): nobody looks
+	// for zeros then.
+	Offload bool
 	// Base is what the target's backing file holds: units equal to it are not
 	// stored. Nil where the target has none.
 	Base *Source
@@ -159,7 +162,8 @@ func Copy(ctx context.Context, src *Source, dst *Target, opts Options) (Stats, e
 		return Stats{}, err
 	}
 	defer c.release()
-	c.clones.off = opts.NoClone || c.encode || !dst.Fresh || c.explode || opts.Rate > 0 || opts.Sparse != DefaultSparse
+	c.clones.any = opts.Offload
+	c.clones.off = opts.NoClone || c.encode || !dst.Fresh || c.explode || opts.Rate > 0 || opts.Sparse == 0 || opts.Sparse != DefaultSparse && !opts.Offload
 
 	go func() {
 		defer close(c.steps)
@@ -338,6 +342,9 @@ func (p *planner) add(e Extent) error {
 		n := min(e.Length, off+p.cell-e.Offset)
 		part := e
 		part.Length = n
+		if len(p.cur.pieces) >= p.mostPieces() {
+			return fmt.Errorf("more than %d extents in %d bytes at guest offset %#x: %w", len(p.cur.pieces), p.cell, off, sdk.ErrCorrupt)
+		}
 		p.cur.pieces = append(p.cur.pieces, part)
 		if n == e.Length {
 			return nil
@@ -345,6 +352,11 @@ func (p *planner) add(e Extent) error {
 		e = e.from(n)
 	}
 }
+
+// mostPieces bounds the extents of a cell, and so the memory that a plugin can
+// make us use: no format maps less than a sector, but several sources may meet
+// in a cell.
+func (c *copy_) mostPieces() int { return int(c.cell/sector) + 1024 }
 
 // flush makes a step of the current cell.
 func (p *planner) flush() error {
@@ -512,6 +524,9 @@ func (p *planner) against(s *step) (bool, error) {
 			return false, err
 		}
 		b.Length = min(b.Length, s.off+s.length-pos)
+		if len(s.base) >= p.mostPieces() {
+			return false, fmt.Errorf("more than %d extents in %d bytes of the backing file at guest offset %#x: %w", len(s.base), s.length, s.off, sdk.ErrCorrupt)
+		}
 		s.base = append(s.base, b)
 		// Step through the pieces under b.
 		for end := pos + b.Length; pos < end && same; {
@@ -987,7 +1002,7 @@ func (c *copy_) pwrite(f *os.File, b []byte, host, guest int64) error {
 		return err
 	}
 	if _, err := f.WriteAt(b, host); err != nil {
-		return fmt.Errorf("error while writing at byte %d: %w", guest, err)
+		return fmt.Errorf("error while writing at byte %d: %w", guest, cause(err))
 	}
 	c.written.Add(int64(len(b)))
 	return nil

@@ -367,6 +367,7 @@ func TestCopyKeepsContent(t *testing.T) {
 			case "encode only":
 				f.encodeOnly = true
 			}
+			opts.Offload = r.IntN(3) == 0
 			var mu sync.Mutex
 			done := int64(0)
 			opts.Progress = func(n, total int64) {

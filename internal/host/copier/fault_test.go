@@ -141,6 +141,7 @@ func TestSourcesThatLie(t *testing.T) {
 		"overflow":                      {at(1<<20-512, 1<<63-1)},
 		"encoded, shorter than it says": {beyond},
 		"encoded, vast":                 {vast},
+		"a byte each":                   bytewise(raw),
 	} {
 		src := &Source{Size: 1 << 20, Map: func(_ context.Context, _, _ int64, yield func([]Extent) bool) error {
 			yield(extents)
@@ -160,6 +161,17 @@ func TestSourcesThatLie(t *testing.T) {
 	if _, err := Copy(context.Background(), failing, f.target(), Options{}); !errors.Is(err, errBroken) {
 		t.Errorf("failing map: %v", err)
 	}
+}
+
+// bytewise maps a disk in extents of a byte.
+func bytewise(e Extent) []Extent {
+	var out []Extent
+	for off := range e.Length {
+		part := e.from(off)
+		part.Length = 1
+		out = append(out, part)
+	}
+	return out
 }
 
 func TestReadAndWriteErrors(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 
 	"github.com/instar-img/instar/sdk"
 	"github.com/instar-img/instar/sdk/client"
@@ -64,6 +65,16 @@ func (r *reader) read(ctx context.Context, s *slot, off, length int64, pieces []
 	return r.decode(ctx, s, off, pieces)
 }
 
+// cause is err without the name of the file, which the user did not ask for by
+// that name.
+func cause(err error) error {
+	var pe *os.PathError
+	if errors.As(err, &pe) {
+		return pe.Err
+	}
+	return err
+}
+
 // pread reads the bytes of p.
 func (r *reader) pread(p *Extent, dst []byte) error {
 	n, err := p.File.ReadAt(dst, p.HostOffset)
@@ -72,7 +83,7 @@ func (r *reader) pread(p *Extent, dst []byte) error {
 		return nil
 	}
 	if r.salvage == nil {
-		return fmt.Errorf("error while reading at byte %d: %w", p.Offset+int64(n), err)
+		return fmt.Errorf("error while reading at byte %d: %w", p.Offset+int64(n), cause(err))
 	}
 	// What can be read of it is read, a sector at a time.
 	for at := n &^ (sector - 1); at < len(dst); at += sector {
@@ -80,7 +91,7 @@ func (r *reader) pread(p *Extent, dst []byte) error {
 		n, err := p.File.ReadAt(part, p.HostOffset+int64(at))
 		clear(part[n:])
 		if err != nil && !errors.Is(err, io.EOF) {
-			r.salvage(p.Offset+int64(at), int64(len(part)), err)
+			r.salvage(p.Offset+int64(at), int64(len(part)), cause(err))
 		}
 	}
 	return nil
