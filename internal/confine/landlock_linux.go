@@ -115,9 +115,13 @@ func NoNewPrivs() error {
 	return nil
 }
 
+// LandlockAllThreads reports whether the kernel can restrict all threads of a
+// process in one call.
+func LandlockAllThreads() bool { return LandlockABI() >= 8 }
+
 // RestrictAll applies the ruleset to every thread of the process.
 func (r *Ruleset) RestrictAll() error {
-	if LandlockABI() >= 8 {
+	if LandlockAllThreads() {
 		_, _, errno := unix.Syscall(unix.SYS_LANDLOCK_RESTRICT_SELF, uintptr(r.fd), unix.LANDLOCK_RESTRICT_SELF_TSYNC, 0)
 		if errno != 0 {
 			return fmt.Errorf("landlock: restrict all threads: %w", errno)

@@ -16,17 +16,21 @@ func Engage() error {
 	if err := confine.NoNewPrivsAll(); err != nil {
 		return unavailable(err)
 	}
-	if err := engageLandlock(); err != nil {
-		if !errors.Is(err, confine.ErrUnavailable) {
+	// The filter lets no call through that takes a path, so that Landlock has
+	// nothing left to refuse. It is the lock where there is no filter, and a
+	// second wall where the kernel can put it up for all threads at once; else
+	// every thread would have to wake for it, which costs more than the filter.
+	if !confine.HasSeccomp() || confine.LandlockAllThreads() {
+		if err := engageLandlock(); errors.Is(err, confine.ErrUnavailable) {
+			missing = append(missing, err)
+		} else if err != nil {
 			return err
 		}
-		missing = append(missing, err)
 	}
-	if err := engageSeccomp(); err != nil {
-		if !errors.Is(err, confine.ErrUnavailable) {
-			return err
-		}
+	if err := engageSeccomp(); errors.Is(err, confine.ErrUnavailable) {
 		missing = append(missing, err)
+	} else if err != nil {
+		return err
 	}
 	if len(missing) > 0 {
 		return unavailable(errors.Join(missing...))
