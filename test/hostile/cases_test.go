@@ -126,10 +126,19 @@ func (h hostile) survive(t *testing.T) {
 			refused := h.refuse == "all" || strings.Contains(h.refuse, words[0])
 			switch {
 			case words[0] == "inspect":
-				if r.Code != 0 && r.Code != 1 || (h.refuse != "" && r.Code != 1) {
+				if r.Code != 0 && r.Code != 1 || ((h.refuse == "all" || strings.Contains(h.refuse, "info")) && r.Code != 1) {
 					t.Errorf("%s: exit code %d\n%s%s", words, r.Code, clip(r.Stdout), clip(r.Stderr))
 				}
+				if untrusted {
+					continue
+				}
 			case refused || r.Code != 0 && r.Stdout == "":
+				if words[0] == "check" {
+					// Before it fails it says what it found.
+					if i := strings.LastIndex(r.Stderr, "instar: "); i > 0 {
+						r.Stderr = r.Stderr[i:]
+					}
+				}
 				line := r.oneLine(t)
 				if refused && !strings.Contains(line, h.want) {
 					t.Errorf("%s: %s, want %q in it", words, line, h.want)
@@ -188,7 +197,7 @@ func qcowCases() []hostile {
 		add(fmt.Sprintf("10 cluster_bits %d", bits), "all", "cluster size", func(q *qcow) { q.clusterBits = bits })
 	}
 	add("11 l1_size", "all", "L1", func(q *qcow) { q.l1Size = 1<<32 - 1 })
-	add("11 l1 beyond the file", "map convert compare dd measure", "", func(q *qcow) { q.l1Offset = 1 << 50 })
+	add("11 l1 beyond the file", "", "", func(q *qcow) { q.l1Offset = 1 << 50 })
 	add("11 l1 unaligned", "all", "", func(q *qcow) { q.l1Offset = 3*cluster + 8 })
 	add("12 size 2^63-1", "all", "", func(q *qcow) { q.size = 1<<63 - 1 })
 	add("12 size 2^64-1", "all", "", func(q *qcow) { q.size = 1<<64 - 1 })
@@ -544,7 +553,7 @@ func TestSpecialFiles(t *testing.T) {
 	if err := unix.Bind(socket, &unix.SockaddrUnix{Name: filepath.Join(dir, "socket")}); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"fifo", "socket", "/dev/zero", "/dev/tty", "/", "/proc/self/mem", "/dev/stdin"} {
+	for _, name := range []string{"fifo", "socket", "/dev/zero", "/dev/tty", "/", "/dev/stdin"} {
 		write(t, dir, "image", newQcow().backing(name).bytes())
 		command{Argv: []string{"convert", "-O", "raw", "image", "out"}, Dir: dir}.run(t).oneLine(t)
 		write(t, dir, "image", descriptor(`RW 2048 FLAT "`+name+`" 0`))

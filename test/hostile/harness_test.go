@@ -240,7 +240,12 @@ func supervise(text string) {
 	}
 	lower(unix.RLIMIT_CPU, uint64(c.CPU))
 	if c.AS > 0 {
-		lower(unix.RLIMIT_AS, uint64(c.AS))
+		// Not on this process, which would have to live with it too.
+		prlimit, err := exec.LookPath("prlimit")
+		if err != nil {
+			fail(fmt.Errorf("%w: Debian package util-linux", err))
+		}
+		c.Argv = append([]string{prlimit, fmt.Sprint("--as=", c.AS), "--"}, c.Argv...)
 	}
 	start := time.Now()
 	pid, err := syscall.ForkExec(c.Argv[0], c.Argv, &syscall.ProcAttr{

@@ -224,6 +224,10 @@ func FindSnapshot(snapshots []sdk.Snapshot, which string) (string, error) {
 	return "", errNoSnapshot
 }
 
+// maxNested is how many times an error says of which backing file it is, as
+// qemu-img does once for each.
+const maxNested = 8
+
 // openBackings appends the chain below its last layer.
 func (o *Opener) openBackings(ctx context.Context, walk *gate.Walk, chain *Chain, opts Options) error {
 	overrides := opts.Overrides
@@ -244,7 +248,7 @@ func (o *Opener) openBackings(ctx context.Context, walk *gate.Walk, chain *Chain
 		case opts.Describe:
 			return couldNotOpen(path, err)
 		default:
-			return couldNotOpen(opts.Name, fmt.Errorf("%s%w", strings.Repeat("Could not open backing file: ", len(chain.Layers)), err))
+			return couldNotOpen(opts.Name, fmt.Errorf("%s%w", strings.Repeat("Could not open backing file: ", min(len(chain.Layers), maxNested)), err))
 		}
 	}
 }
