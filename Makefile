@@ -26,7 +26,7 @@ PLUGINS     := $(notdir $(PLUGIN_DIRS))
 PROGRAMS    := $(wildcard ./cmd/instar) $(addprefix ./,$(PLUGIN_DIRS))
 PLATFORMS   := linux/amd64 linux/arm64 darwin/arm64
 
-SCRIPTS     := .ci/run .ci/oracles .ci/fuzz packaging/build packaging/share
+SCRIPTS     := $(wildcard .ci/*) packaging/build packaging/share
 
 # Packages whose tests drive the built programs.
 INTEGRATION := ./cmd/... ./test/...
