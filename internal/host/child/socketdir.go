@@ -127,11 +127,11 @@ func (d *socketDir) remove() {
 	for _, name := range names {
 		os.Remove(path.Join(d.path, name))
 	}
-	if os.Remove(d.path) != nil {
+	if unix.Rmdir(d.path) != nil {
 		os.RemoveAll(d.path)
 	}
 	d.lock.Close()
-	os.Remove(d.base) // fails, as it should, while others use it
+	_ = unix.Rmdir(d.base) // fails, as it should, while others use it
 }
 
 var swept sync.Once
