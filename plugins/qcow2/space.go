@@ -8,14 +8,18 @@ import (
 )
 
 // space hands out clusters of an existing image and keeps its refcounts. New
-// clusters come from the end of the file, so that guest data lie in long runs;
-// what is written over in place takes none.
+// clusters come from the end of the file, so that guest data lie in long runs,
+// or are those that new content has freed. Clusters that were free before are
+// used where a check has found that they are.
 type space struct {
 	im     *image
 	g      geometry
 	table  []int64 // offset of each refcount block, 0 for none
 	blocks blockCache
 	end    int64 // first cluster that was never used
+	// freed are clusters that became free since, oldest first, for someOf and
+	// after. Their number is bounded; the rest stays free in the image.
+	freed []span
 	// The refcount table as it lies in the file.
 	tableOffset, tableClusters int64
 	tableChanged               bool
@@ -71,28 +75,93 @@ func newSpace(im *image) (*space, error) {
 	return s, nil
 }
 
-// alloc takes n clusters in a row, with refcount 1.
+const maxFreed = 1 << 16 // spans
+
+// collectFree finds the clusters below the end that are free.
+func (s *space) collectFree() error {
+	for c := int64(0); c < s.end && len(s.freed) < maxFreed; {
+		index := c / s.g.blockEntries
+		stop := min(s.end, (index+1)*s.g.blockEntries)
+		var block []byte
+		if index < int64(len(s.table)) && s.table[index] != 0 {
+			var err error
+			if block, err = s.blocks.get(s.table[index]); err != nil {
+				return err
+			}
+		}
+		for ; c < stop; c++ {
+			if block == nil || refcountAt(block, c%s.g.blockEntries, s.g.order) == 0 {
+				s.free(c)
+			}
+		}
+	}
+	return nil
+}
+
+// someOf takes up to n clusters in a row, with refcount 1.
+func (s *space) someOf(n int64) (first, got int64, err error) {
+	if len(s.freed) == 0 {
+		first, err = s.alloc(n)
+		return first, n, err
+	}
+	f := &s.freed[0]
+	first, got = f.start, min(n, f.end-f.start)
+	if f.start += got; f.start == f.end {
+		s.freed = s.freed[1:]
+	}
+	return first, got, s.mark(first, got)
+}
+
+// after takes cluster c for something that goes on there, where it is the one
+// that someOf would take next.
+func (s *space) after(c int64) (bool, error) {
+	next := s.end
+	if len(s.freed) > 0 {
+		next = s.freed[0].start
+	}
+	if next != c {
+		return false, nil
+	}
+	_, _, err := s.someOf(1)
+	return true, err
+}
+
+// free keeps a cluster that has no references any more.
+func (s *space) free(c int64) {
+	if n := len(s.freed); n > 0 && s.freed[n-1].end == c {
+		s.freed[n-1].end++
+	} else if n < maxFreed {
+		s.freed = append(s.freed, span{c, c + 1})
+	}
+}
+
+// alloc takes n clusters in a row from the end, with refcount 1.
 func (s *space) alloc(n int64) (int64, error) {
 	if n > 1<<55>>s.g.clusterBits || s.end > 1<<55>>s.g.clusterBits {
 		return 0, fmt.Errorf("host offsets beyond 2^56: %w", sdk.ErrTooBig)
 	}
 	first := s.end
 	s.end += n
+	return first, s.mark(first, n)
+}
+
+// mark gives free clusters the refcount 1.
+func (s *space) mark(first, n int64) error {
 	for c := first; c < first+n; {
 		index := c / s.g.blockEntries
 		block, err := s.block(index)
 		if err != nil {
-			return 0, err
+			return err
 		}
 		stop := min(first+n, (index+1)*s.g.blockEntries)
 		for ; c < stop; c++ {
 			setRefcount(block, c%s.g.blockEntries, s.g.order, 1)
 		}
 		if err := s.blocks.dirty(block); err != nil {
-			return 0, err
+			return err
 		}
 	}
-	return first, nil
+	return nil
 }
 
 // block returns refcount block index, making it where there is none.
@@ -154,6 +223,9 @@ func (s *space) add(cluster int64, delta int) error {
 		return fmt.Errorf("refcount %d of cluster %d, change %+d: %w", n, cluster, delta, sdk.ErrCorrupt)
 	}
 	setRefcount(b, i, s.g.order, n+uint64(int64(delta)))
+	if delta < 0 && n == 1 {
+		s.free(cluster)
+	}
 	return s.blocks.dirty(b)
 }
 

@@ -80,8 +80,16 @@ func (im *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Writ
 	if err := w.encoder.init(im.h.compression == compressionZstd, im.g.clusterSize); err != nil {
 		return info, err
 	}
-	// While content is replaced in place the tables contradict each other.
 	if w.old {
+		// Only where the refcounts are right is what they call free free.
+		res, err := im.Check(ctx, sdk.CheckRequest{})
+		if err == nil && res.CheckErrors == 0 && res.Corruptions == 0 {
+			err = w.s.collectFree()
+		}
+		if err != nil {
+			return info, err
+		}
+		// While content is replaced in place the tables contradict each other.
 		if err := im.setIncompatible(im.h.incompatible | incompatDirty); err != nil {
 			return info, err
 		}
@@ -182,7 +190,7 @@ func (w *writer) table(index int64) (*l2Table, error) {
 		}
 	}
 	if t.off == 0 || shared {
-		c, err := w.s.alloc(1)
+		c, _, err := w.s.someOf(1)
 		if err != nil {
 			return nil, err
 		}
@@ -348,7 +356,7 @@ func (w *writer) place(list []sdk.Placement, first, end int64) ([]sdk.Placement,
 			}
 			n++
 		}
-		host, err := w.s.alloc(n)
+		host, n, err := w.s.someOf(n)
 		if err != nil {
 			return nil, err
 		}
@@ -555,22 +563,27 @@ func (w *writer) allocBytes(n int64) (int64, error) {
 		if err != nil {
 			return 0, err
 		}
-		free := g.clusterSize - off%g.clusterSize
-		if count == 0 || count == refcountMax(g.order) || n > free && w.s.end != last+1 {
-			off = 0
-		} else {
-			if n > free {
-				if _, err := w.s.alloc(1); err != nil { // the next one
-					return 0, err
-				}
+		fits := n <= g.clusterSize-off%g.clusterSize
+		if count == 0 || count == refcountMax(g.order) {
+			fits, off = true, 0
+		}
+		if !fits {
+			ok, err := w.s.after(last + 1)
+			if err != nil {
+				return 0, err
 			}
+			if !ok {
+				off = 0
+			}
+		}
+		if off != 0 {
 			if err := w.s.add(last, 1); err != nil {
 				return 0, err
 			}
 		}
 	}
 	if off == 0 {
-		c, err := w.s.alloc(1)
+		c, _, err := w.s.someOf(1)
 		if err != nil {
 			return 0, err
 		}

@@ -209,6 +209,38 @@ func TestPlaceContiguous(t *testing.T) {
 	formattest.Oracle(t, "qemu-img", "check", "-q", path)
 }
 
+// TestRewriteStaysSmall: an image that is written over again and again uses the
+// space of what it replaces.
+func TestRewriteStaysSmall(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 5))
+	for _, opts := range []string{"", "cluster_size=4k"} {
+		path := formattest.Create(t, New(), memoryDir(t), "a.qcow2", 8<<20, opts)
+		want := make([]byte, 8<<20)
+		var first int64
+		for round := range 8 {
+			randomContent(r, want)
+			im, f, info := writing(t, path, true)
+			var units []sdk.Unit
+			for off := int64(0); off < 8<<20; off += info.Unit {
+				units = append(units, sdk.Unit{Offset: off, Data: want[off : off+info.Unit]})
+			}
+			if err := im.Encode(context.Background(), units); err != nil {
+				t.Fatal(err)
+			}
+			if err := im.Finish(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			size := fileLength(t, f)
+			if first == 0 {
+				first = size
+			} else if size > first*3/2 {
+				t.Fatalf("%s: %d bytes after round %d, %d after the first", opts, size, round, first)
+			}
+		}
+		sameContent(t, path, want)
+	}
+}
+
 func TestWriteErrors(t *testing.T) {
 	ctx := context.Background()
 	path := formattest.Create(t, New(), t.TempDir(), "a.qcow2", 1<<20+512, "")
