@@ -234,8 +234,13 @@ func openFile(path string, readWrite bool) (*os.File, error) {
 		}
 		name = again
 	}
+	flags := access(readWrite) | unix.O_CLOEXEC
+	if place != nil && readWrite && isDevice(place) {
+		// A device that is mounted or part of another is not ours to write.
+		flags |= unix.O_EXCL
+	}
 	for {
-		fd, err := unix.Open(name, access(readWrite)|unix.O_CLOEXEC, 0)
+		fd, err := unix.Open(name, flags, 0)
 		if err == unix.EINTR {
 			continue
 		}
@@ -244,6 +249,12 @@ func openFile(path string, readWrite bool) (*os.File, error) {
 		}
 		return checked(os.NewFile(uintptr(fd), path))
 	}
+}
+
+// isDevice reports whether f is a device.
+func isDevice(f *os.File) bool {
+	fi, err := f.Stat()
+	return err == nil && fi.Mode()&fs.ModeDevice != 0
 }
 
 // errOutside: a name that leads out of the image's directory.

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -335,4 +336,52 @@ func TestDescriptorFlags(t *testing.T) {
 			t.Errorf("%s: flags %#x, descriptor flags %#x, %v %v", f.Name(), fl, fd, err1, err2)
 		}
 	}
+}
+
+func TestMountedDevice(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it mounts a device")
+	}
+	image := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(image, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(image, 8<<20); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "-f", "--show", image).CombinedOutput()
+	if err != nil {
+		t.Skipf("losetup does not work here: %v: %s", err, out)
+	}
+	dev := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if out, err := exec.Command("losetup", "-d", dev).CombinedOutput(); err != nil {
+			t.Errorf("losetup -d: %v: %s", err, out)
+		}
+	})
+	f, err := (&Policy{}).NewWalk().OpenMain(dev, true)
+	if err != nil {
+		t.Fatalf("unused: %v", err)
+	}
+	f.Close()
+	if out, err := exec.Command("mkfs.ext4", "-q", "-F", dev).CombinedOutput(); err != nil {
+		t.Fatalf("mkfs.ext4 (Debian package e2fsprogs): %v: %s", err, out)
+	}
+	at := t.TempDir()
+	if out, err := exec.Command("mount", dev, at).CombinedOutput(); err != nil {
+		t.Skipf("mount does not work here: %v: %s", err, out)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(at, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	if f, err := (&Policy{}).NewWalk().OpenMain(dev, true); err == nil || err.Error() != "Could not open '"+dev+"': Device or resource busy" {
+		t.Errorf("mounted, to be written: %v, %v", f, err)
+	}
+	f, err = (&Policy{}).NewWalk().OpenMain(dev, false)
+	if err != nil {
+		t.Fatalf("mounted, to be read: %v", err)
+	}
+	f.Close()
 }

@@ -79,9 +79,10 @@ type file struct {
 	base string   // its name there
 	// borrowed: dir is that of the set's first file.
 	borrowed bool
-	f        *os.File // what is written
-	old      *os.File // the existing file, open and locked; nil for a new one
-	tmp      string   // name in dir of f's temporary sibling; empty: f has no name
+	f        *os.File    // what is written
+	old      *os.File    // the existing file, open and locked; nil for a new one
+	was      os.FileInfo // of old
+	tmp      string      // name in dir of f's temporary sibling; empty: f has no name
 	way      way
 
 	prealloc sdk.Preallocation
@@ -170,7 +171,7 @@ func (s *Set) share(fl *file) {
 func (s *Set) alone(fl *file) error {
 	for _, other := range s.files {
 		same := fl.base != "" && fl.base == other.base && sameFile(fl.dir, other.dir)
-		if same || fl.old != nil && other.old != nil && sameFile(fl.old, other.old) {
+		if same || fl.was != nil && other.was != nil && os.SameFile(fl.was, other.was) {
 			return fmt.Errorf("%s and %s are the same file: %w", other.path, fl.path, sdk.ErrInvalid)
 		}
 	}
@@ -196,6 +197,9 @@ func open(path string, opts Options) (*file, error) {
 func (fl *file) open(opts Options) error {
 	old, err := openExisting(fl.path)
 	fl.old = old
+	if err == nil {
+		fl.was, err = old.Stat()
+	}
 	if opts.InPlace {
 		if err != nil {
 			return &errno.Error{Text: "Could not open '" + fl.path + "'", Err: err}
@@ -206,11 +210,7 @@ func (fl *file) open(opts Options) error {
 		return cannotCreate(fl.path, err)
 	}
 	if fl.old != nil {
-		fi, err := fl.old.Stat()
-		if err != nil {
-			return cannotCreate(fl.path, err)
-		}
-		switch mode := fi.Mode(); {
+		switch mode := fl.was.Mode(); {
 		case mode&fs.ModeNamedPipe != 0:
 			return &sdk.Error{Text: "Could not create '" + fl.path + "': a FIFO is not a regular file or a block device", Class: sdk.ErrInvalid}
 		case mode&fs.ModeCharDevice != 0:

@@ -179,6 +179,32 @@ func TestSeveralFiles(t *testing.T) {
 	})
 }
 
+// An image may have as many files as the system lets a process open.
+func TestThousandsOfFiles(t *testing.T) {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	n := 2000
+	if limit.Cur < uint64(n)+100 {
+		t.Skipf("this process may open %d files", limit.Cur)
+	}
+	dir := t.TempDir()
+	for range 2 { // new, then some of them replaced
+		s := begin(t, filepath.Join(dir, "main"), Options{})
+		for i := range n {
+			if _, err := s.Add(fmt.Sprint("e", i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		commit(t, s)
+		n = 500
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 2001 {
+		t.Errorf("%d files, %v", len(entries), err)
+	}
+}
+
 // siblings returns names and the temporary files that dir holds meanwhile.
 func siblings(t *testing.T, dir string, names ...string) []string {
 	t.Helper()
