@@ -102,7 +102,7 @@ lint: lint-go lint-proto lint-sh ## Run all linters
 
 .PHONY: lint-go lint-proto lint-sh
 lint-go: tools/bin/golangci-lint
-	tools/bin/golangci-lint run ./...
+	tools/bin/golangci-lint run --allow-parallel-runners ./...
 
 lint-proto: tools/bin/buf
 	cd sdk/proto && ../../tools/bin/buf lint && ../../tools/bin/buf format --diff --exit-code
