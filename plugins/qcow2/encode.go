@@ -12,7 +12,7 @@ import (
 // deflate's window, which readers have: qcow2.txt asks for deflate as it is,
 // and qemu's own smaller window does not bind its inflater, which has the whole
 // cluster before it.
-const deflateLevel = 5
+const deflateLevel = 6
 
 // encoder compresses clusters, many at a time.
 type encoder struct {

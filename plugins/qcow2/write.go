@@ -656,8 +656,12 @@ func (w *writer) finish() error {
 	if err != nil {
 		return err
 	}
-	if end := w.s.end << im.g.clusterBits; size < end && !im.onDevice() {
-		if err := im.main.Truncate(end); err != nil {
+	want := divUp(size, 512) * 512
+	if end := w.s.end << im.g.clusterBits; want <= end-im.g.clusterSize {
+		want = end // clusters that were placed but hold nothing
+	}
+	if want > size && !im.onDevice() {
+		if err := im.main.Truncate(want); err != nil {
 			return err
 		}
 	}
