@@ -1,10 +1,6 @@
-// Package confine holds the two kernel mechanisms that both locks of a plugin
-// are made of: Landlock rulesets and seccomp filters. What is allowed is the
-// callers' business.
 package confine
 
 import (
-	"errors"
 	"fmt"
 	"sync"
 	"syscall"
@@ -12,9 +8,6 @@ import (
 
 	"golang.org/x/sys/unix"
 )
-
-// ErrUnavailable is returned where the kernel lacks a mechanism.
-var ErrUnavailable = errors.New("not available in this kernel")
 
 // Rights on files beneath a path, by use.
 const (
