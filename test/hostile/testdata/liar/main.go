@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/hex"
 	"fmt"
 	"math"
 	"os"
@@ -86,6 +87,7 @@ func (l liar) Describe() sdk.Description {
 		Manifest: sdk.Manifest{
 			Name: l.name, Version: "1", Protocols: []int{sdk.Protocol},
 			Capabilities: []string{sdk.CapOpen, sdk.CapCreate, sdk.CapCheck, sdk.CapRepair, sdk.CapWrite, sdk.CapDecode},
+			Probes:       []sdk.Probe{{Bytes: hex.EncodeToString([]byte("instar! ")), Score: 100}},
 		},
 		Create: option.Schema{
 			{Name: "size", Type: option.Size, Help: "size"},
