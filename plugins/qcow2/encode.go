@@ -8,11 +8,16 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// deflateLevel makes images about as small as qemu-img's. It takes all of
-// deflate's window, which readers have: qcow2.txt asks for deflate as it is,
-// and qemu's own smaller window does not bind its inflater, which has the whole
-// cluster before it.
-const deflateLevel = 6
+// deflateLevel makes images about as small as qemu-img's. Small clusters need a
+// deeper search for that. It takes all of deflate's window, which readers have:
+// qcow2.txt asks for deflate as it is, and qemu's own smaller window does not
+// bind its inflater, which has the whole cluster before it.
+func deflateLevel(clusterSize int64) int {
+	if clusterSize < 64<<10 {
+		return 7
+	}
+	return 6
+}
 
 // encoder compresses clusters, many at a time.
 type encoder struct {
@@ -86,7 +91,7 @@ func (e *encoder) compress(b *encodeBuffer, src []byte) ([]byte, error) {
 	w, _ := e.flate.Get().(*flate.Writer)
 	if w == nil {
 		var err error
-		if w, err = flate.NewWriter(b, deflateLevel); err != nil {
+		if w, err = flate.NewWriter(b, deflateLevel(e.clusterSize)); err != nil {
 			return nil, err
 		}
 	} else {
