@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -127,12 +128,20 @@ func (d *socketDir) remove() {
 	for _, name := range names {
 		os.Remove(path.Join(d.path, name))
 	}
-	if unix.Rmdir(d.path) != nil {
-		os.RemoveAll(d.path)
+	// A program that is being killed may just be making its socket, after the
+	// look at what is there.
+	for range removeTries {
+		if err := unix.Rmdir(d.path); err == nil || errors.Is(err, unix.ENOENT) || os.RemoveAll(d.path) == nil {
+			break
+		}
+		time.Sleep(time.Millisecond)
 	}
 	d.lock.Close()
 	_ = unix.Rmdir(d.base) // fails, as it should, while others use it
 }
+
+// removeTries is how many milliseconds a killed process gets to be gone.
+const removeTries = 200
 
 var swept sync.Once
 
