@@ -178,6 +178,10 @@ func contains(list []string, s string) bool {
 	return false
 }
 
+// sync reports whether the output must be on stable storage in the end: in all
+// cache modes but unsafe.
+func (f *convertFlags) sync() bool { return f.cache != "" && f.cache != "unsafe" }
+
 // standardStream is the name that stands for standard input or output.
 const standardStream = "-"
 
@@ -361,7 +365,7 @@ func (a *app) convertToFile(ctx context.Context, f *convertFlags, to *platform.P
 		}
 		settings = append(settings, option.Setting{Key: x.key, Value: x.value})
 	}
-	req := &image.CreateRequest{Path: output, Plugin: plugin, Size: source.Size, Log: func(line string) { a.logf("%s", line) }}
+	req := &image.CreateRequest{Path: output, Plugin: plugin, Size: source.Size, Sync: f.sync(), Log: func(line string) { a.logf("%s", line) }}
 	if req.Values, err = schema.Validate(plugin.Manifest.Name, append(settings, fromO...)); err != nil {
 		return fmt.Errorf("%s: %w", output, err)
 	}
@@ -432,6 +436,7 @@ func (a *app) convertInPlace(ctx context.Context, f *convertFlags, source *copie
 	if err != nil {
 		return err
 	}
+	t.Sync = f.sync()
 	if t.Info.VirtualSize < source.Size {
 		t.Close()
 		return errors.New("output file is smaller than input file")

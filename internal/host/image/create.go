@@ -26,7 +26,9 @@ type CreateRequest struct {
 	Size        int64         // virtual size
 	Backing     *sdk.BackingInfo
 	BackingName string
-	Log         func(string)
+	// Sync waits until the image is on stable storage before it has its name.
+	Sync bool
+	Log  func(string)
 }
 
 // Created is what Create made.
@@ -108,6 +110,7 @@ func begin(ctx context.Context, req *CreateRequest, plan sdk.PlanInfo) (_ *outpu
 	set, err := output.Begin(req.Path, output.Options{
 		Nocow:          req.Values.BoolOr(keyNocow, false),
 		ExtentSizeHint: int64(req.Values.UintOr(keyExtentHint, output.DefaultExtentSizeHint)),
+		Sync:           req.Sync,
 		Log:            req.Log,
 	})
 	if err != nil {

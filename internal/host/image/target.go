@@ -15,6 +15,8 @@ type Target struct {
 	Writer sdk.Writer
 	// Fresh: what is not written of the files reads as zeros.
 	Fresh bool
+	// Sync has Commit wait until the image is on stable storage.
+	Sync bool
 	// Created says what was made, nil for an image that was there.
 	Created *Created
 
@@ -124,10 +126,18 @@ func (t *Target) Commit(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if t.set == nil {
-		return nil
+	if t.set != nil {
+		return t.set.Commit()
 	}
-	return t.set.Commit()
+	for i := range t.Files {
+		if !t.Sync {
+			break
+		}
+		if err := t.Files[i].Sync(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Close drops the target; what was not committed disappears.
