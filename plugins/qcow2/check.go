@@ -420,7 +420,7 @@ func (c *checker) entry(e l2Entry, table int64, b []byte, at int, active bool, f
 			}
 			c.say("%s offset=%x: Preallocated cluster is not properly aligned; L2 entry corrupted.", word, host)
 			if fix == sdk.FixAll {
-				if fixed, err := c.zeroEntry(e, table, b, at, active); err != nil || !fixed {
+				if fixed, err := c.zeroEntry(e, table, b, at); err != nil || !fixed {
 					return true, err
 				}
 				c.res.Corruptions--

@@ -86,7 +86,7 @@ func (c *checker) overlaps(off, size int64) bool {
 
 // zeroEntry makes a misaligned L2 entry without data one that reads as zeros.
 // It reports false, with a message, where that would hit other metadata.
-func (c *checker) zeroEntry(e l2Entry, table int64, b []byte, at int, _ bool) (bool, error) {
+func (c *checker) zeroEntry(e l2Entry, table int64, b []byte, at int) (bool, error) {
 	if c.im.g.extended() {
 		e.sub |= e.sub << 32
 		e.sub &^= 1<<subclusters - 1
