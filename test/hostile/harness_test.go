@@ -98,12 +98,7 @@ type result struct {
 	Hang           bool
 }
 
-// run runs a command line of instar and checks what every run must keep.
-func run(t testing.TB, args ...string) *result {
-	t.Helper()
-	return command{Argv: args}.run(t)
-}
-
+// run runs the command line of instar and checks what every run must keep.
 func (c command) run(t testing.TB) *result {
 	t.Helper()
 	line := strings.Join(c.Argv, " ")
