@@ -291,3 +291,63 @@ func emitted(t testing.TB, opts string) []byte {
 	}
 	return b
 }
+
+// FuzzWrite writes into damaged images: an error or success, and what was said
+// to be written can be read back.
+func FuzzWrite(f *testing.F) {
+	var bases [][]byte
+	for _, opts := range []string{"cluster_size=512", "cluster_size=512,compat=0.10", "cluster_size=16k,extended_l2=on"} {
+		bases = append(bases, emitted(f, opts))
+	}
+	f.Add(0, []byte{})
+	f.Add(1, []byte{0, 0x60, 3, 0x40, 2, 0, 1, 2})
+	f.Add(2, []byte{0, 72, 7, 0x10})
+	f.Fuzz(func(t *testing.T, base int, changes []byte) {
+		b := bytes.Clone(bases[uint(base)%uint(len(bases))])
+		for len(changes) >= 4 {
+			at := (int(changes[0])<<16 | int(changes[1])<<8 | int(changes[2])) % len(b)
+			b[at] = changes[3]
+			changes = changes[4:]
+		}
+		ctx := context.Background()
+		file := formattest.MemFile(b)
+		open := func(rw bool) (sdk.Image, error) {
+			return New().Open(ctx, sdk.OpenRequest{Files: []sdk.NamedFile{{Role: sdk.RoleMain, File: file}}, ReadWrite: rw})
+		}
+		img, err := open(true)
+		if err != nil {
+			return
+		}
+		im := img.(*image)
+		info, err := im.BeginWrite(ctx, sdk.WriteRequest{})
+		if err != nil || im.size < 8*info.Unit {
+			return
+		}
+		places, err := im.Place(ctx, []sdk.Run{{Offset: 0, Length: 2 * info.Unit}})
+		if err != nil {
+			return
+		}
+		for _, p := range places {
+			if p.HostOffset < 0 || p.HostOffset%info.Unit != 0 || p.Length <= 0 {
+				t.Fatalf("placement %+v", p)
+			}
+			if p.HostOffset > 1<<24 {
+				return // a file that long is not for memory
+			}
+			if _, err := file.WriteAt(bytes.Repeat([]byte{0xa5}, int(p.Length)), p.HostOffset); err != nil {
+				return
+			}
+		}
+		unit := bytes.Repeat([]byte("unit"), int(info.Unit/4))
+		if im.Zero(ctx, []sdk.Run{{Offset: 2 * info.Unit, Length: info.Unit}}) != nil ||
+			im.Encode(ctx, []sdk.Unit{{Offset: 3 * info.Unit, Data: unit}}) != nil || im.Finish(ctx) != nil {
+			return
+		}
+		if size, _ := file.Size(); size > 1<<26 {
+			return
+		}
+		if _, err := open(false); err != nil {
+			t.Fatalf("image was written and does not open: %v", err)
+		}
+	})
+}

@@ -9,8 +9,7 @@ import (
 
 // space hands out clusters of an existing image and keeps its refcounts. New
 // clusters come from the end of the file, so that guest data lie in long runs,
-// or are those that new content has freed. Clusters that were free before are
-// used where a check has found that they are.
+// or are those that are free, were so before or have become so.
 type space struct {
 	im     *image
 	g      geometry

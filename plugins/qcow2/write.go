@@ -42,7 +42,7 @@ type l2Table struct {
 // several goroutines, and 32 MiB at most.
 const tablesCached = 16
 
-// BeginWrite repairs a dirty image first, as qemu does when it opens one.
+// BeginWrite checks the image, and repairs it where it is dirty.
 func (im *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.WriteInfo, error) {
 	var info sdk.WriteInfo
 	if !im.readWrite {
@@ -57,14 +57,17 @@ func (im *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Writ
 	if im.l1Offset != int64(im.h.l1Offset) {
 		return info, fmt.Errorf("writing an internal snapshot: %w", sdk.ErrUnsupported)
 	}
+	// Refcounts say what may be written over: they must be right.
+	fix := sdk.FixNone
 	if im.h.incompatible&incompatDirty != 0 {
-		res, err := im.Check(ctx, sdk.CheckRequest{Fix: sdk.FixAll})
-		if err != nil {
-			return info, fmt.Errorf("repair of a dirty image: %w", err)
-		}
-		if res.CheckErrors > 0 || res.Corruptions > 0 {
-			return info, fmt.Errorf("image is dirty and cannot be repaired (%d corruptions): %w", res.Corruptions, sdk.ErrReadOnly)
-		}
+		fix = sdk.FixAll // as qemu does when it opens one
+	}
+	res, err := im.Check(ctx, sdk.CheckRequest{Fix: fix})
+	if err != nil {
+		return info, fmt.Errorf("check before writing: %w", err)
+	}
+	if res.CheckErrors > 0 || res.Corruptions > 0 {
+		return info, fmt.Errorf("image has %d corruptions, repair it before writing: %w", res.Corruptions+res.CheckErrors, sdk.ErrReadOnly)
 	}
 	_, data, err := im.dataFile()
 	if err != nil {
@@ -81,12 +84,7 @@ func (im *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Writ
 		return info, err
 	}
 	if w.old {
-		// Only where the refcounts are right is what they call free free.
-		res, err := im.Check(ctx, sdk.CheckRequest{})
-		if err == nil && res.CheckErrors == 0 && res.Corruptions == 0 {
-			err = w.s.collectFree()
-		}
-		if err != nil {
+		if err := w.s.collectFree(); err != nil {
 			return info, err
 		}
 		// While content is replaced in place the tables contradict each other.
