@@ -732,9 +732,14 @@ func (c *copy_) sequence() {
 }
 
 // batchSize is how much is placed, or encoded, by one call: half of the memory,
-// so that the other half can be filled meanwhile.
+// so that the other half can be filled meanwhile. How many steps are ready
+// depends on timing, and where a plugin puts its tables on what it is asked for
+// at once: a reproducible output is placed step by step.
 func (c *copy_) batchSize() int64 {
-	if c.encode {
+	switch {
+	case c.opts.Reproducible:
+		return 0
+	case c.encode:
 		return inFlight / 3
 	}
 	return cloneSize
