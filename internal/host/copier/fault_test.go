@@ -233,7 +233,7 @@ func TestSalvage(t *testing.T) {
 		if !errors.Is(err, unix.EBADF) && !errors.Is(err, errBroken) {
 			t.Errorf("%v", err)
 		}
-		lost = join(lost, off, length)
+		lost = append(lost, sdk.Run{Offset: off, Length: length})
 	}}
 	f := newTarget(t, rand.New(rand.NewPCG(1, 1)), 3<<20, 65536, 1)
 	if _, err := Copy(context.Background(), d.source(), f.target(), opts); err != nil {
@@ -243,7 +243,11 @@ func TestSalvage(t *testing.T) {
 	clear(content[1<<20:][:4096])
 	f.holds(content)
 	slices.SortFunc(lost, func(a, b sdk.Run) int { return int(a.Offset - b.Offset) })
-	if !slices.Equal(lost, []sdk.Run{{Offset: 100 << 10, Length: 2048}, {Offset: 1 << 20, Length: 4096}}) {
+	var runs []sdk.Run
+	for _, l := range lost {
+		runs = join(runs, l.Offset, l.Length)
+	}
+	if !slices.Equal(runs, []sdk.Run{{Offset: 100 << 10, Length: 2048}, {Offset: 1 << 20, Length: 4096}}) {
 		t.Errorf("lost %v", lost)
 	}
 }
