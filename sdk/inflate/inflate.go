@@ -447,9 +447,11 @@ func (d *decoder) block(dst, src []byte, buf uint64, n uint, pos, out int) (uint
 		buf >>= used
 		n -= used
 
-		buf |= binary.LittleEndian.Uint64(src[pos:]) << (n & 63)
-		pos += int(63-n) >> 3
-		n |= 56
+		if n < maxCode+13 { // a distance
+			buf |= binary.LittleEndian.Uint64(src[pos:]) << (n & 63)
+			pos += int(63-n) >> 3
+			n |= 56
+		}
 		e = dist[buf&(1<<distBits-1)]
 		if e&entSpecial != 0 {
 			if e&entSecond == 0 {
