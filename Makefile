@@ -76,7 +76,7 @@ packages: build tools/bin/nfpm ## Build Debian packages into dist/, one for each
 
 .PHONY: test test-unit test-integration oracles
 test: oracles ## Install the oracles where possible, build, run every test
-	@$(MAKE) --no-print-directory test-unit test-integration
+	@$(MAKE) --no-print-directory -k test-unit test-integration
 
 test-unit: build ## Test every package on its own
 	$(GO) test -timeout 20m $$($(GO) list ./... | grep -v -e '/cmd/' -e '/test/')
