@@ -649,17 +649,14 @@ func (w *writer) finish() error {
 	if err := w.writeHeader(); err != nil {
 		return err
 	}
-	// The last cluster may be cut, compressed ones are read in sectors.
+	// Whole clusters, as 7z wants them: those that were placed and hold nothing at
+	// their end are not in the file yet.
 	size, err := im.main.Size()
 	if err != nil {
 		return err
 	}
-	want := divUp(size, 512) * 512
-	if end := w.s.end << im.g.clusterBits; want <= end-im.g.clusterSize {
-		want = end // clusters that were placed but hold nothing
-	}
-	if want > size && !im.onDevice() {
-		if err := im.main.Truncate(want); err != nil {
+	if end := w.s.end << im.g.clusterBits; size < end && !im.onDevice() {
+		if err := im.main.Truncate(end); err != nil {
 			return err
 		}
 	}

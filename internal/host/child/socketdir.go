@@ -141,7 +141,7 @@ func (d *socketDir) remove() {
 }
 
 // removeTries is how many milliseconds a killed process gets to be gone.
-const removeTries = 200
+const removeTries = 2000
 
 var swept sync.Once
 
