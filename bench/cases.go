@@ -3,6 +3,7 @@
 package main
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -90,8 +91,8 @@ func setup(list ...[]string) func(dir, qemu string) error {
 	}
 }
 
-// content writes guest content of some MiB to name: runs of noise, of text-like
-// bytes that compress to about half, and of zeros, a MiB each.
+// content writes guest content of some MiB to path, a MiB each of noise, of
+// text, of records with small numbers, and of nothing.
 func content(path string, mib int64) error {
 	f, err := os.Create(path)
 	if err != nil {
@@ -99,15 +100,30 @@ func content(path string, mib int64) error {
 	}
 	defer f.Close()
 	r := rand.New(rand.NewPCG(1, 2))
-	block := make([]byte, 1<<20)
+	words := make([]string, 5000)
+	for i := range words {
+		letters := make([]byte, 2+r.IntN(9))
+		for j := range letters {
+			letters[j] = "etaoinshrdlucmfwypvbgkjqxz"[min(r.IntN(26), r.IntN(26))]
+		}
+		words[i] = string(letters) + " "
+	}
+	common := rand.NewZipf(r, 1.1, 8, uint64(len(words)-1))
+	block := make([]byte, 0, 1<<20)
 	for i := range mib {
-		for j := 0; j < len(block); j += 8 {
-			word := r.Uint64()
-			if i%4 != 0 {
-				word &= 0x0f0f0f0f0f0f0f0f
-			}
-			for k := range 8 {
-				block[j+k] = byte(word >> (8 * k))
+		block = block[:0]
+		for len(block) < cap(block)-64 {
+			switch i % 4 {
+			case 0:
+				block = binary.LittleEndian.AppendUint64(block, r.Uint64())
+			case 1:
+				block = append(block, words[common.Uint64()]...)
+			case 2:
+				block = binary.LittleEndian.AppendUint32(block, uint32(len(block)))
+				block = binary.LittleEndian.AppendUint32(block, uint32(r.IntN(1000)))
+				block = binary.LittleEndian.AppendUint64(block, uint64(r.IntN(3)))
+			default:
+				block = block[:cap(block)-64]
 			}
 		}
 		if i%4 == 3 {
