@@ -85,9 +85,11 @@ func (l *Layer) Backing() (sdk.Reference, bool) {
 	return sdk.Reference{}, false
 }
 
-// Close closes the files. The plugin keeps its own until Release, or its end.
+// Close closes the files. The plugin keeps its own until Release, or its end,
+// which may come after the core's: the locks go first.
 func (l *Layer) Close() {
 	for _, f := range l.Files {
+		lock.Release(f.File)
 		f.Close()
 	}
 }

@@ -578,6 +578,7 @@ func (fl *file) drop() {
 	fl.tmp, fl.backup = "", ""
 	for _, f := range []*os.File{fl.f, fl.old} {
 		if f != nil {
+			lock.Release(f) // a plugin that is ending may still have it open
 			f.Close()
 		}
 	}
