@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -125,7 +126,7 @@ func (f *convertFlags) check(args []string) (copier.Options, error) {
 		}
 	}
 	for _, mode := range []string{f.cache, f.sourceCache} {
-		if !contains(cacheModes, mode) {
+		if !slices.Contains(cacheModes, mode) {
 			return o, fmt.Errorf("Invalid cache option: %s", mode)
 		}
 	}
@@ -167,15 +168,6 @@ func (f *convertFlags) check(args []string) (copier.Options, error) {
 		o.Workers = f.workers
 	}
 	return o, nil
-}
-
-func contains(list []string, s string) bool {
-	for _, x := range list {
-		if x == s {
-			return true
-		}
-	}
-	return false
 }
 
 // sync reports whether the output must be on stable storage in the end: in all

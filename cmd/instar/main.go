@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"syscall"
 
 	_ "github.com/instar-img/instar/cmd/instar/internal/early" // starts a plugin
@@ -35,8 +34,7 @@ func run(args []string) int {
 	}
 	code, message := a.exit(ctx, err)
 	if message != "" {
-		prefix := a.name + ": "
-		fmt.Fprintln(a.err, prefix+strings.ReplaceAll(message, "\n"+prefix, "\n"+prefix))
+		fmt.Fprintf(a.err, "%s: %s\n", a.name, message)
 	}
 	return code
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/instar-img/instar/internal/host/image"
@@ -90,7 +91,7 @@ func (v *Verdict) Safe() bool {
 func Image(ctx context.Context, o *image.Opener, req Request) (*Verdict, error) {
 	v := &Verdict{Path: req.Path}
 	find := func(rule, format string, args ...any) {
-		v.Findings = append(v.Findings, Finding{Rule: rule, Text: fmt.Sprintf(format, args...), Allowed: contains(req.Allow, rule)})
+		v.Findings = append(v.Findings, Finding{Rule: rule, Text: fmt.Sprintf(format, args...), Allowed: slices.Contains(req.Allow, rule)})
 	}
 	walk := o.Gate.NewWalk()
 	file, err := walk.OpenMain(req.Path, false)
@@ -219,13 +220,4 @@ func check(ctx context.Context, layer *image.Layer, find func(rule, format strin
 		find(RuleCorrupt, "%d corruptions and %d errors were found in its structures%s", r.Corruptions, r.CheckErrors, first)
 	}
 	return nil
-}
-
-func contains(list []string, s string) bool {
-	for _, x := range list {
-		if x == s {
-			return true
-		}
-	}
-	return false
 }
