@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
@@ -34,7 +35,8 @@ type app struct {
 	policy  policyFlags
 	limits  launch.Limits // of each plugin
 
-	current *session.Session
+	currentMu sync.Mutex // images of one command are opened side by side
+	current   *session.Session
 }
 
 // usageError is an error in the command line itself.
@@ -186,6 +188,8 @@ func (a *app) openSource(ctx context.Context, f *sourceFlags, name string, opts 
 
 // session returns the run's session, with the plugins found.
 func (a *app) session() (*session.Session, error) {
+	a.currentMu.Lock()
+	defer a.currentMu.Unlock()
 	if a.current != nil {
 		return a.current, nil
 	}
@@ -202,6 +206,8 @@ func (a *app) session() (*session.Session, error) {
 
 func (a *app) close() {
 	ahead.Discard()
+	a.currentMu.Lock()
+	defer a.currentMu.Unlock()
 	if a.current != nil {
 		a.current.Close()
 	}

@@ -158,6 +158,19 @@ func TestDies(t *testing.T) {
 	}
 }
 
+// Images that are worked on side by side share one process of their plugin, and
+// it does not outlive them.
+func TestOneProcess(t *testing.T) {
+	l := install(t, "plain")
+	for range 20 {
+		r := l.run("check", "-f", "plain", "src", "src", "src", "src", "src", "src", "src", "src")
+		// instar, and a plugin that it did not wait for.
+		if r.Code != 0 || r.Processes > 2 {
+			t.Fatalf("exit code %d, %d processes\n%s", r.Code, r.Processes, r.Stderr)
+		}
+	}
+}
+
 // Where a plugin hangs, --timeout ends the run, and so does an interrupt.
 func TestHangs(t *testing.T) {
 	t.Run("timeout", func(t *testing.T) {

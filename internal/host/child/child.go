@@ -211,8 +211,18 @@ func (c *Child) Done() <-chan struct{} { return c.done }
 // for the kernel to be done with it.
 func (c *Child) Remove() {
 	c.Kill()
+	if !c.dir.empty() {
+		// It was just making its socket, after the look at what is there.
+		select {
+		case <-c.done:
+		case <-time.After(removeTimeout):
+		}
+	}
 	c.dir.remove()
 }
+
+// removeTimeout bounds the wait for the end of a process that was killed.
+const removeTimeout = 5 * time.Second
 
 // ours are the processes that we started and that have not been waited for.
 var ours struct {

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -122,26 +121,23 @@ func lockDir(path string) (*os.File, error) {
 	return f, nil
 }
 
-func (d *socketDir) remove() {
+// empty removes what is in the directory, and the directory. It reports whether
+// that is gone, so that nothing can be made in it any more.
+func (d *socketDir) empty() bool {
 	// Nearly always one socket and nothing else.
 	names, _ := d.lock.Readdirnames(-1)
 	for _, name := range names {
 		os.Remove(path.Join(d.path, name))
 	}
-	// A program that is being killed may just be making its socket, after the
-	// look at what is there.
-	for range removeTries {
-		if err := unix.Rmdir(d.path); err == nil || errors.Is(err, unix.ENOENT) || os.RemoveAll(d.path) == nil {
-			break
-		}
-		time.Sleep(time.Millisecond)
-	}
+	err := unix.Rmdir(d.path)
+	return err == nil || errors.Is(err, unix.ENOENT)
+}
+
+func (d *socketDir) remove() {
+	os.RemoveAll(d.path)
 	d.lock.Close()
 	_ = unix.Rmdir(d.base) // fails, as it should, while others use it
 }
-
-// removeTries is how many milliseconds a killed process gets to be gone.
-const removeTries = 2000
 
 var swept sync.Once
 
