@@ -30,32 +30,58 @@ type FileSender interface {
 // Format is a format at the other end of a connection. It implements
 // sdk.Format and sdk.Creator.
 type Format struct {
-	rpc         pb.FormatServiceClient
-	files       FileSender
+	rpc   pb.FormatServiceClient
+	files FileSender
+
+	described   chan struct{} // closed when the two below are there
 	description sdk.Description
+	err         error
 }
 
 // maxMessage bounds one answer of a plugin, in bytes.
 const maxMessage = 16 << 20
 
-// Connect asks the plugin what it is.
-func Connect(ctx context.Context, conn grpc.ClientConnInterface, files FileSender) (*Format, error) {
-	f := &Format{rpc: pb.NewFormatServiceClient(conn), files: files}
-	r, err := f.rpc.Describe(ctx, &pb.DescribeRequest{}, grpc.MaxCallRecvMsgSize(maxMessage))
-	if err != nil {
-		return nil, wire.FromStatus(err)
-	}
-	if err := json.Unmarshal(r.GetManifest(), &f.description.Manifest); err != nil {
-		return nil, fmt.Errorf("plugin's manifest: %w", err)
-	}
-	if f.description.Create, err = wire.FromOptionKeys(r.GetCreateSchema()); err != nil {
-		return nil, fmt.Errorf("plugin's create options: %w", err)
-	}
-	return f, nil
+// Connect asks the plugin what it is, without waiting for the answer, which
+// accept may refuse.
+func Connect(ctx context.Context, conn grpc.ClientConnInterface, files FileSender, accept func(sdk.Description) error) *Format {
+	f := &Format{rpc: pb.NewFormatServiceClient(conn), files: files, described: make(chan struct{})}
+	go func() {
+		defer close(f.described)
+		if f.description, f.err = f.describe(ctx); f.err == nil {
+			f.err = accept(f.description)
+		}
+	}()
+	return f
 }
 
-// Describe returns what the plugin said when it was connected.
-func (f *Format) Describe() sdk.Description { return f.description }
+func (f *Format) describe(ctx context.Context) (sdk.Description, error) {
+	var d sdk.Description
+	r, err := f.rpc.Describe(ctx, &pb.DescribeRequest{}, grpc.MaxCallRecvMsgSize(maxMessage))
+	if err != nil {
+		return d, wire.FromStatus(err)
+	}
+	if err := json.Unmarshal(r.GetManifest(), &d.Manifest); err != nil {
+		return d, fmt.Errorf("plugin's manifest: %w", err)
+	}
+	if d.Create, err = wire.FromOptionKeys(r.GetCreateSchema()); err != nil {
+		return d, fmt.Errorf("plugin's create options: %w", err)
+	}
+	return d, nil
+}
+
+// Ready waits until the plugin has said what it is, and returns why that will
+// not do.
+func (f *Format) Ready() error {
+	<-f.described
+	return f.err
+}
+
+// Describe returns what the plugin said when it was connected. It waits for
+// that.
+func (f *Format) Describe() sdk.Description {
+	<-f.described
+	return f.description
+}
 
 // send passes descriptors on and returns their tickets.
 func (f *Format) send(files []sdk.NamedFile) ([]*pb.FileTicket, error) {
@@ -120,7 +146,8 @@ func (p *plan) Measure(ctx context.Context, req sdk.MeasureRequest) (sdk.Measure
 	return sdk.MeasureResult{Required: r.GetRequired(), FullyAllocated: r.GetFullyAllocated(), Bitmaps: r.GetBitmaps()}, nil
 }
 
-// Open has the plugin open an image. The concrete type is *Image.
+// Open has the plugin open an image, and may be called before the plugin is
+// ready: it fails when that turns out not to do. The concrete type is *Image.
 func (f *Format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, error) {
 	tickets, err := f.send(req.Files)
 	if err != nil {
@@ -129,6 +156,9 @@ func (f *Format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, erro
 	r, err := f.rpc.OpenImage(ctx, &pb.OpenImageRequest{
 		Files: tickets, ReadWrite: req.ReadWrite, Check: req.Check, Snapshot: req.Snapshot, Name: req.Name,
 	}, grpc.MaxCallRecvMsgSize(maxMessage))
+	if notReady := f.Ready(); notReady != nil {
+		return nil, notReady
+	}
 	if err != nil {
 		return nil, wire.FromStatus(err)
 	}
@@ -137,7 +167,8 @@ func (f *Format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, erro
 		return nil, err
 	}
 	return &Image{
-		format: f, id: r.GetImage(), info: info,
+		readWrite: req.ReadWrite,
+		format:    f, id: r.GetImage(), info: info,
 		checker: r.GetChecker(), decoder: r.GetDecoder(), attacher: r.GetAttacher(), writer: r.GetWriter(),
 		bitmapReader: r.GetBitmapReader(), bitmapWriter: r.GetBitmapWriter(), inspector: r.GetInspector(),
 	}, nil
@@ -151,6 +182,7 @@ type Image struct {
 
 	checker, decoder, attacher, writer    bool
 	bitmapReader, bitmapWriter, inspector bool
+	readWrite                             bool
 
 	scratchMu sync.Mutex
 	scratch   *Window
@@ -185,11 +217,20 @@ func (m *Image) Info(context.Context) (*sdk.Info, error) { return m.info, nil }
 // image.
 const closeTimeout = 2 * time.Second
 
-// Close has the plugin drop the image.
+// Close has the plugin drop the image. Nobody waits for that where the image
+// was only read.
 func (m *Image) Close() error {
 	if m.scratch != nil {
 		_ = m.scratch.Close() // memory only
 	}
+	if !m.readWrite {
+		go m.drop()
+		return nil
+	}
+	return m.drop()
+}
+
+func (m *Image) drop() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
 	_, err := m.format.rpc.CloseImage(ctx, &pb.CloseImageRequest{Image: m.id})

@@ -43,8 +43,8 @@ func OverWire(t testing.TB, format sdk.Format) sdk.Format {
 		srv.Stop()
 		<-served
 	})
-	f, err := client.Connect(context.Background(), conn, desk)
-	if err != nil {
+	f := client.Connect(context.Background(), conn, desk, func(sdk.Description) error { return nil })
+	if err := f.Ready(); err != nil {
 		t.Fatal(err)
 	}
 	return f

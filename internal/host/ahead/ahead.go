@@ -20,9 +20,8 @@ import (
 
 // run is what Begin has under way.
 type run struct {
-	found chan struct{} // closed when set and err are there
-	set   *discover.Set
-	err   error
+	set *discover.Set
+	err error
 
 	started chan struct{} // closed when plugin and child are there
 	plugin  *discover.Plugin
@@ -40,19 +39,20 @@ func Begin(args []string) {
 	if !ok || os.Getenv("INSTAR_UNTRUSTED") != "" || os.Getenv("INSTAR_LOG") != "" {
 		return
 	}
-	r := &run{found: make(chan struct{}), started: make(chan struct{})}
+	// Not in the background: what follows waits for it, and the first goroutine
+	// of a program waits for its thread.
+	r := &run{started: make(chan struct{})}
 	begun = r
+	var p *discover.Plugin
+	if r.set, r.err = discover.Find(discover.Options{}); r.err == nil {
+		p = guess.plugin(r.set)
+	}
+	if p == nil || !slices.Contains(p.Manifest.Protocols, sdk.Protocol) {
+		close(r.started)
+		return
+	}
 	go func() {
 		defer close(r.started)
-		r.set, r.err = discover.Find(discover.Options{})
-		close(r.found)
-		if r.err != nil {
-			return
-		}
-		p := guess.plugin(r.set)
-		if p == nil || !slices.Contains(p.Manifest.Protocols, sdk.Protocol) {
-			return
-		}
 		c, err := child.Start(child.Spec{Path: p.Path, Roots: p.Manifest.RuntimeRoots, Protocols: []int{sdk.Protocol}})
 		if err != nil {
 			return // who needs it will start it, and report
@@ -67,7 +67,6 @@ func Find() (*discover.Set, error) {
 	if begun == nil {
 		return discover.Find(discover.Options{})
 	}
-	<-begun.found
 	return begun.set, begun.err
 }
 

@@ -305,7 +305,7 @@ func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, fi
 	if layer.Plugin, err = o.choose(path, file, opts.Format); err != nil {
 		return nil, err
 	}
-	format, err := o.Session.Format(ctx, layer.Plugin)
+	format, err := o.Session.Start(ctx, layer.Plugin)
 	if err != nil {
 		return nil, err
 	}

@@ -44,6 +44,19 @@ func New(plugins *discover.Set, options launch.Options) *Session {
 
 // Format returns the running plugin p, started if it is not.
 func (s *Session) Format(ctx context.Context, p *discover.Plugin) (*client.Format, error) {
+	f, err := s.Start(ctx, p)
+	if err == nil {
+		err = f.Ready()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
+}
+
+// Start is Format for a caller who only opens an image: it may do so while the
+// plugin is still saying what it is.
+func (s *Session) Start(ctx context.Context, p *discover.Plugin) (*client.Format, error) {
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
@@ -63,13 +76,9 @@ func (r *plugin) start(ctx context.Context, p *discover.Plugin, o launch.Options
 	if r.process, r.err = launch.Start(ctx, p, o); r.err != nil {
 		return
 	}
-	r.format, r.err = client.Connect(ctx, &explainedConn{r.process.Conn(), r.process}, r.process)
-	if r.err == nil {
-		r.err = sameManifest(p, r.format.Describe().Manifest)
-	}
-	if r.err != nil {
-		r.process.Kill()
-	}
+	r.format = client.Connect(ctx, &explainedConn{r.process.Conn(), r.process}, r.process, func(d sdk.Description) error {
+		return sameManifest(p, d.Manifest)
+	})
 }
 
 // sameManifest reports whether a running plugin is what its manifest said, by
