@@ -3,6 +3,7 @@ package vmdk
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
 	"sync"
 
 	"github.com/klauspost/compress/zlib"
@@ -67,11 +68,23 @@ func newStreamWriter(img *image, e *extent, fresh bool) (*streamWriter, error) {
 
 // packer deflates a grain; its buffer holds marker, data and padding.
 type packer struct {
-	buf  []byte
-	zlib *zlib.Writer
+	buf []byte
 }
 
 var packers = sync.Pool{New: func() any { return new(packer) }}
+
+// deflaters has the compressors, *zlib.Writer. They are apart from the packers
+// because each takes a megabyte and as many are in use as there are processors,
+// while a batch has a packer for every grain.
+var deflaters sync.Pool
+
+func deflater(to io.Writer) (*zlib.Writer, error) {
+	if w, ok := deflaters.Get().(*zlib.Writer); ok {
+		w.Reset(to)
+		return w, nil
+	}
+	return zlib.NewWriterLevel(to, compressionLevel)
+}
 
 // Write appends to the buffer.
 func (p *packer) Write(b []byte) (int, error) {
@@ -83,33 +96,30 @@ func (p *packer) Write(b []byte) (int, error) {
 // is filled up with zeros: 7-Zip takes a shorter one for damaged.
 func (p *packer) pack(sector int64, data []byte, grain int64) error {
 	p.buf = append(p.buf[:0], make([]byte, grainMarkerSize)...)
-	if p.zlib == nil {
-		var err error
-		if p.zlib, err = zlib.NewWriterLevel(p, compressionLevel); err != nil {
-			return err
-		}
-	} else {
-		p.zlib.Reset(p)
+	w, err := deflater(p)
+	if err != nil {
+		return err
 	}
+	defer deflaters.Put(w)
 	missing := grain - int64(len(data))
 	for len(data) > blockSize {
-		if _, err := p.zlib.Write(data[:blockSize]); err != nil {
+		if _, err := w.Write(data[:blockSize]); err != nil {
 			return err
 		}
-		if err := p.zlib.Flush(); err != nil {
+		if err := w.Flush(); err != nil {
 			return err
 		}
 		data = data[blockSize:]
 	}
-	if _, err := p.zlib.Write(data); err != nil {
+	if _, err := w.Write(data); err != nil {
 		return err
 	}
 	if missing > 0 {
-		if _, err := p.zlib.Write(make([]byte, missing)); err != nil {
+		if _, err := w.Write(make([]byte, missing)); err != nil {
 			return err
 		}
 	}
-	if err := p.zlib.Close(); err != nil {
+	if err := w.Close(); err != nil {
 		return err
 	}
 	binary.LittleEndian.PutUint64(p.buf, uint64(sector))
