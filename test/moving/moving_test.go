@@ -31,7 +31,8 @@ func instar(t testing.TB) string {
 }
 
 // packages of the oracles.
-var packages = map[string]string{"qemu-img": "qemu-utils", "qemu-io": "qemu-utils", "7z": "p7zip-full", "mkfs.ext4": "e2fsprogs", "debugfs": "e2fsprogs", "mkfs.xfs": "xfsprogs"}
+var packages = map[string]string{"qemu-img": "qemu-utils", "qemu-io": "qemu-utils", "7z": "p7zip-full", "mkfs.ext4": "e2fsprogs", "debugfs": "e2fsprogs", "mkfs.xfs": "xfsprogs",
+	"mkfs.ntfs": "ntfs-3g", "ntfscp": "ntfs-3g", "ntfscat": "ntfs-3g"}
 
 // must runs a program in dir and returns what it printed.
 func must(t testing.TB, dir, program string, args ...string) string {
@@ -248,26 +249,48 @@ func TestFarOffsets(t *testing.T) {
 	}
 }
 
-// TestReadByOthers has 7z and a file system's own tools read what convert wrote.
+// TestReadByOthers has 7z, and the tools of the file systems inside, read what
+// convert wrote.
 func TestReadByOthers(t *testing.T) {
-	dir := t.TempDir()
-	content := filepath.Join(dir, "tree")
-	if err := os.Mkdir(content, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	want := bytes.Repeat([]byte("what the guest wrote\n"), 20000)
-	if err := os.WriteFile(filepath.Join(content, "file.txt"), want, 0o644); err != nil {
-		t.Fatal(err)
+	for _, fs := range []struct {
+		name string
+		make [][]string // fs.raw, with file.txt in it
+		cat  []string
+	}{
+		{"ext4", [][]string{{"mkfs.ext4", "-q", "-F", "-d", "tree", "fs.raw", "16M"}}, []string{"debugfs", "-R", "cat /file.txt", "back.raw"}},
+		{"NTFS", [][]string{
+			{"truncate", "-s", "16M", "fs.raw"},
+			{"mkfs.ntfs", "-q", "-F", "-Q", "-s", "512", "-p", "0", "-H", "0", "-S", "0", "fs.raw"},
+			{"ntfscp", "-q", "fs.raw", "tree/file.txt", "file.txt"},
+		}, []string{"ntfscat", "back.raw", "file.txt"}},
+	} {
+		t.Run(fs.name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := os.Mkdir(filepath.Join(dir, "tree"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(dir, "tree", "file.txt"), want, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			for _, args := range fs.make {
+				must(t, dir, args[0], args[1:]...)
+			}
+			readByOthers(t, dir, fs.cat, string(want))
+		})
 	}
-	must(t, dir, "mkfs.ext4", "-q", "-F", "-d", "tree", "fs.raw", "16M")
+}
+
+// readByOthers converts fs.raw to each target and back; cat then prints want.
+func readByOthers(t *testing.T, dir string, cat []string, want string) {
+	t.Helper()
 	for _, tt := range targets {
 		if tt.name == "vpc-geometry" {
 			continue // another size than the file system's
 		}
 		silent(t, dir, append(append([]string{"convert", "-f", "raw", "-O", tt.format}, tt.args...), "fs.raw", "img")...)
 		silent(t, dir, "convert", "-f", tt.format, "-O", "raw", "img", "back.raw")
-		got := must(t, dir, "debugfs", "-R", "cat /file.txt", "back.raw")
-		if !strings.Contains(got, string(want)) {
+		if got := must(t, dir, cat[0], cat[1:]...); !strings.Contains(got, want) {
 			t.Errorf("%s: the file inside is not what it was", tt.name)
 		}
 		if tt.format == "qcow2" && !strings.Contains(tt.name, "zstd") && !strings.Contains(tt.name, "subclusters") || tt.format == "vpc" || tt.name == "vmdk" || tt.name == "vmdk-stream" || tt.format == "vhdx" {
