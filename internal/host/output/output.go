@@ -48,6 +48,7 @@ type Options struct {
 	// InPlace opens files that exist and writes them as they are (convert -n).
 	InPlace bool
 	// Sync waits until everything is on stable storage before Commit returns.
+	// What replaces a file is there in any case before it has the name.
 	Sync bool
 	// Log is told what a user may want to know: that a target is written in
 	// place, and why. May be nil.
@@ -408,9 +409,15 @@ func (s *Set) Commit() (err error) {
 		}
 	}()
 	for _, fl := range order {
-		if s.opts.Sync && fl.way != overwrite {
+		// A name may reach the disk before the content does: after a power cut
+		// the old file must not be gone while the new one is still empty.
+		if s.opts.Sync && fl.way != overwrite || fl.way == byRename {
+			err := s.opts.fail("sync " + filepath.Base(fl.path))
+			if err == nil {
+				err = fl.f.Sync()
+			}
 			// Character devices have nothing to sync and say so.
-			if err := fl.f.Sync(); err != nil && !errors.Is(err, unix.EINVAL) {
+			if err != nil && !errors.Is(err, unix.EINVAL) {
 				return &errno.Error{Text: "Could not write '" + fl.path + "'", Err: err}
 			}
 		}

@@ -255,6 +255,35 @@ func TestCommitIsAllOrNothing(t *testing.T) {
 	})
 }
 
+// What takes the place of a file is on stable storage first, and where it does
+// not get there the file stays.
+func TestReplacedAfterSync(t *testing.T) {
+	for _, sync := range []bool{true, false} {
+		for _, existing := range []bool{true, false} {
+			path := filepath.Join(t.TempDir(), "x")
+			if existing {
+				put(t, path, oldText)
+			}
+			synced := false
+			s := begin(t, path, Options{Sync: sync, fault: func(step string) error {
+				if step == "sync x" {
+					synced = true
+					return unix.EIO
+				}
+				return nil
+			}})
+			write(t, s.Main(), newText)
+			err := s.Commit()
+			if synced != (sync || existing) || synced != errors.Is(err, unix.EIO) {
+				t.Errorf("sync %v, existing %v: synced %v, %v", sync, existing, synced, err)
+			}
+			if existing {
+				want(t, path, oldText)
+			}
+		}
+	}
+}
+
 func TestSomebodyElseWasFaster(t *testing.T) {
 	ways(t, func(t *testing.T, opts Options) {
 		dir := t.TempDir()
