@@ -87,10 +87,15 @@ func run(out io.Writer, args []string) error {
 		if !f.only.MatchString(c.name) {
 			continue
 		}
-		fmt.Fprintln(os.Stderr, c.name)
+		fmt.Fprint(os.Stderr, c.name)
 		r := measureCase(f, c, filepath.Join(work, fmt.Sprint(i)))
 		results = append(results, r)
 		printRow(w, r)
+		// A run that is broken off has not been in vain.
+		fmt.Fprintf(os.Stderr, ": %.2f%s\n", r.WallRatio, r.Skipped)
+		if err := writeJSON(f.json, results); err != nil {
+			return err
+		}
 	}
 	if err := w.Flush(); err != nil {
 		return err
@@ -102,14 +107,18 @@ func run(out io.Writer, args []string) error {
 	}
 	fmt.Fprint(out, "\nMedians. cpu: user and system time of all processes; peak: sum of the processes'\n"+
 		"peak resident sizes; size ratio: bytes allocated by instar's output over qemu-img's.\n")
-	if f.json == "" {
+	return nil
+}
+
+func writeJSON(path string, results []result) error {
+	if path == "" {
 		return nil
 	}
 	text, err := json.MarshalIndent(results, "", "  ")
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(f.json, append(text, '\n'), 0o644)
+	return os.WriteFile(path, append(text, '\n'), 0o644)
 }
 
 func printRow(w io.Writer, r result) {
