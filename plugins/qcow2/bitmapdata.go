@@ -286,7 +286,7 @@ func (w *writer) storeBitmaps() error {
 		return err
 	}
 	if old != nil {
-		if err := w.s.release(int64(old.dirStart), int64(old.dirSize)); err != nil {
+		if err := w.release(int64(old.dirStart), int64(old.dirSize)); err != nil {
 			return err
 		}
 	}

@@ -28,6 +28,7 @@ type writer struct {
 	pack    int64 // where the next compressed cluster begins; 0: anywhere
 	encoder encoder
 
+	released  [][2]int64 // host offset and length of what the tables on disk may refer to
 	bitmaps   []*newBitmap
 	newHeader bool // the whole header cluster must be written
 }
@@ -153,6 +154,14 @@ func (w *writer) table(index int64) (*l2Table, error) {
 	t := &l2Table{}
 	if len(w.order) >= tablesCached {
 		oldest := w.order[0]
+		// What was placed so long ago the core has written.
+		if w.old && w.tables[oldest].dirty {
+			for _, step := range []func() error{w.s.flush, w.writeHeader, w.syncOld} {
+				if err := step(); err != nil {
+					return nil, err
+				}
+			}
+		}
 		if err := w.store(w.tables[oldest]); err != nil {
 			return nil, err
 		}
@@ -193,7 +202,7 @@ func (w *writer) table(index int64) (*l2Table, error) {
 			return nil, err
 		}
 		if shared {
-			if err := w.s.release(t.off, g.clusterSize); err != nil {
+			if err := w.release(t.off, g.clusterSize); err != nil {
 				return nil, err
 			}
 		}
@@ -240,12 +249,33 @@ func (w *writer) drop(e l2Entry) error {
 	case w.im.h.dataFile():
 		return nil
 	case e.compressed():
-		return w.s.release(w.im.g.compressedRange(e))
+		return w.release(w.im.g.compressedRange(e))
 	case e.hostOffset() != 0:
-		return w.s.release(e.hostOffset(), w.im.g.clusterSize)
+		return w.release(e.hostOffset(), w.im.g.clusterSize)
 	}
 	return nil
 }
+
+// release gives up host space. Until the tables on disk no longer refer to it
+// its refcounts stay, and nothing else may take it.
+func (w *writer) release(off, length int64) error {
+	if !w.old {
+		return w.s.release(off, length)
+	}
+	w.released = append(w.released, [2]int64{off, length})
+	return nil
+}
+
+// ready returns the error after which nothing may follow. It also bounds the
+// memory for what is given up: each call adds a batch of the core's at most.
+func (w *writer) ready() error {
+	if w.err == nil && len(w.released) >= maxReleased {
+		w.err = w.commit()
+	}
+	return w.err
+}
+
+const maxReleased = 1 << 19 // 8 MiB
 
 // reusable reports whether the cluster of e may be written over in place.
 func (w *writer) reusable(e l2Entry) (bool, error) {
@@ -281,8 +311,8 @@ func (im *image) Place(_ context.Context, runs []sdk.Run) ([]sdk.Placement, erro
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.err != nil {
-		return nil, w.err
+	if err := w.ready(); err != nil {
+		return nil, err
 	}
 	var list []sdk.Placement
 	for _, r := range runs {
@@ -383,8 +413,8 @@ func (im *image) Zero(ctx context.Context, runs []sdk.Run) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.err != nil {
-		return w.err
+	if err := w.ready(); err != nil {
+		return err
 	}
 	for _, r := range runs {
 		first, end, err := w.bounds(r)
@@ -505,6 +535,9 @@ func (im *image) Encode(ctx context.Context, units []sdk.Unit) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if err := w.ready(); err != nil {
+		return err
+	}
 	out := batch{f: im.main} // packed clusters follow each other
 	for i, u := range units {
 		if w.err != nil {
@@ -621,32 +654,13 @@ func (im *image) Finish(context.Context) error {
 
 func (w *writer) finish() error {
 	im := w.im
-	for _, index := range w.order {
-		if err := w.store(w.tables[index]); err != nil {
-			return err
-		}
-	}
-	if err := w.out.flush(); err != nil {
-		return err
-	}
 	if err := w.staleBitmaps(); err != nil {
 		return err
 	}
 	if err := w.storeBitmaps(); err != nil {
 		return err
 	}
-	if err := w.s.flush(); err != nil {
-		return err
-	}
-	if w.old {
-		if err := im.main.Sync(); err != nil {
-			return err
-		}
-	}
-	if err := w.writeL1(); err != nil {
-		return err
-	}
-	if err := w.writeHeader(); err != nil {
+	if err := w.commit(); err != nil {
 		return err
 	}
 	// Whole clusters, as 7z wants them: those that were placed and hold nothing at
@@ -661,6 +675,64 @@ func (w *writer) finish() error {
 		}
 	}
 	return im.setIncompatible(im.h.incompatible &^ incompatDirty)
+}
+
+// commit makes the tables on disk refer to what was placed. Over old content each
+// step is on disk before what relies on it, so that a crash leaves the old content
+// or the new one, and lost clusters at worst: data and refcounts, the header that
+// finds the refcounts, L2 tables, L1 table; what these no longer refer to is free
+// then.
+func (w *writer) commit() error {
+	for _, step := range []func() error{w.s.flush, w.writeHeader, w.storeTables, w.writeL1, w.freeReleased} {
+		if err := step(); err != nil {
+			return err
+		}
+		if err := w.syncOld(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// syncOld waits for what was written where there is content to lose.
+func (w *writer) syncOld() error {
+	if !w.old {
+		return nil
+	}
+	if w.im.h.dataFile() {
+		data, _, err := w.im.dataFile()
+		if err != nil {
+			return err
+		}
+		if err := data.Sync(); err != nil {
+			return err
+		}
+	}
+	return w.im.main.Sync()
+}
+
+// storeTables writes the L2 tables that changed.
+func (w *writer) storeTables() error {
+	for _, index := range w.order {
+		if err := w.store(w.tables[index]); err != nil {
+			return err
+		}
+	}
+	return w.out.flush()
+}
+
+// freeReleased takes back the references to what was given up.
+func (w *writer) freeReleased() error {
+	if len(w.released) == 0 {
+		return nil
+	}
+	for _, r := range w.released {
+		if err := w.s.release(r[0], r[1]); err != nil {
+			return err
+		}
+	}
+	w.released = nil
+	return w.s.flush()
 }
 
 // writeHeader writes what changed of the header, or all of it.
@@ -724,7 +796,7 @@ func (w *writer) staleBitmaps() error {
 			}
 			for i := 0; i < len(b); i += 8 {
 				if off := int64(binary.BigEndian.Uint64(b[i:]) & offsetMask); off != 0 {
-					if err := w.s.release(off, im.g.clusterSize); err != nil {
+					if err := w.release(off, im.g.clusterSize); err != nil {
 						return err
 					}
 				}
