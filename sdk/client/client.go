@@ -224,7 +224,7 @@ func (m *Image) Close() error {
 		_ = m.scratch.Close() // memory only
 	}
 	if !m.readWrite {
-		go m.drop()
+		go func() { _ = m.drop() }()
 		return nil
 	}
 	return m.drop()
