@@ -32,15 +32,15 @@ type run struct {
 
 var begun *run
 
-// Begin finds the plugins and starts the likely one, in the background. args is
-// the command line. It is called once, before anything else here.
+// Begin finds the plugins, and starts the likely one in the background. args is the
+// command line. It is called once, before anything else here.
 func Begin(args []string) {
 	guess, ok := guessOf(args)
 	if !ok || os.Getenv("INSTAR_UNTRUSTED") != "" || os.Getenv("INSTAR_LOG") != "" {
 		return
 	}
-	// Not in the background: what follows waits for it, and the first goroutine
-	// of a program waits for its thread.
+	// Finding is not left to a goroutine: the start needs it, and the first
+	// goroutine of a program waits for its thread.
 	r := &run{started: make(chan struct{})}
 	begun = r
 	var p *discover.Plugin
