@@ -39,8 +39,13 @@ var formats = []string{"raw", "qcow2", "vmdk", "vpc", "vhdx"}
 // here works in the directory it is given.
 func here(dir string) (string, func(), error) { return dir, func() {}, nil }
 
-// onXFS works on a reflinking XFS in a loop-mounted file.
-func onXFS(dir string) (string, func(), error) {
+// onXFS works on a reflinking XFS, with room for six disks, in a loop-mounted
+// file.
+func onXFS(mib int64) func(dir string) (string, func(), error) {
+	return func(dir string) (string, func(), error) { return mountXFS(dir, fmt.Sprint(6*mib+1024, "M")) }
+}
+
+func mountXFS(dir, size string) (string, func(), error) {
 	if os.Geteuid() != 0 {
 		return "", nil, errors.New("mounting an XFS needs root")
 	}
@@ -48,7 +53,7 @@ func onXFS(dir string) (string, func(), error) {
 	if err := os.Mkdir(mount, 0o755); err != nil {
 		return "", nil, err
 	}
-	if err := commands("", []string{"truncate", "-s", "6G", image},
+	if err := commands("", []string{"truncate", "-s", size, image},
 		[]string{"mkfs.xfs", "-q", "-m", "reflink=1", image},
 		[]string{"mount", "-o", "loop", image, mount}); err != nil {
 		return "", nil, err
@@ -251,7 +256,7 @@ func cases(mib int64) []benchCase {
 	add(convert("convert raw to streamOptimized", 0.3, "raw", "vmdk", nil, []string{"-o", "subformat=streamOptimized"}))
 	for _, pair := range [][2]string{{"raw", "qcow2"}, {"qcow2", "raw"}} {
 		c := convert("convert "+pair[0]+" to "+pair[1]+" on XFS", 0.1, pair[0], pair[1], nil, nil)
-		c.place = onXFS
+		c.place = onXFS(mib)
 		add(c)
 	}
 	add(benchCase{
