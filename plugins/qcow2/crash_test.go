@@ -4,71 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"fmt"
 	"os"
-	"strings"
 	"testing"
 
 	"github.com/instar-img/instar/sdk"
 	"github.com/instar-img/instar/sdk/formattest"
 )
 
-// memory is an image in memory, with what a crash test asks of it.
-type memory []byte
-
-func (b memory) open(t *testing.T, file sdk.File, readWrite bool) (sdk.Image, error) {
-	t.Helper()
-	return New().Open(context.Background(), sdk.OpenRequest{
-		Files: []sdk.NamedFile{{Role: sdk.RoleMain, File: file}}, ReadWrite: readWrite, Check: true,
-	})
-}
-
-// content returns what the guest reads.
-func (b memory) content(t *testing.T) ([]byte, error) {
-	t.Helper()
-	img, err := b.open(t, formattest.ReadOnly(formattest.MemFile(b)), false)
-	if err != nil {
-		return nil, err
-	}
-	info, err := img.Info(context.Background())
-	if err != nil {
-		return nil, err
-	}
-	out := make([]byte, info.VirtualSize)
-	extents, err := formattest.MapRange(context.Background(), img, 0, info.VirtualSize)
-	if err != nil {
-		return nil, err
-	}
-	for _, e := range extents {
-		dst := out[e.Offset : e.Offset+e.Length]
-		switch e.Kind {
-		case sdk.Data:
-			copy(dst, b[min(e.HostOffset, int64(len(b))):])
-		case sdk.Encoded:
-			if err := img.(sdk.Decoder).Decode(context.Background(), e, dst); err != nil {
-				return nil, err
-			}
-		}
-	}
-	return out, nil
-}
-
-// check returns what a check counts, without repair.
-func (b memory) check(t *testing.T) (*sdk.CheckResult, string) {
-	t.Helper()
-	img, err := b.open(t, formattest.ReadOnly(formattest.MemFile(b)), false)
-	if err != nil {
-		return nil, err.Error()
-	}
-	var found []string
-	r, err := img.(sdk.Checker).Check(context.Background(), sdk.CheckRequest{Message: func(s string) { found = append(found, s) }})
-	if err != nil {
-		return nil, err.Error()
-	}
-	return r, strings.Join(found, "; ")
-}
-
 // written is an image of 1 MiB with data, compressed data and a snapshot.
-func written(t *testing.T, options string) memory {
+func written(t *testing.T, options string) []byte {
 	t.Helper()
 	path := formattest.Create(t, New(), t.TempDir(), "a.qcow2", 1<<20, options)
 	formattest.Write(t, New(), path, map[int64][]byte{0: bytes.Repeat([]byte{1}, 100<<10), 300 << 10: bytes.Repeat([]byte{2}, 64<<10)}, false)
@@ -86,89 +31,34 @@ func written(t *testing.T, options string) memory {
 // corruptions, in which what was not written is as it was, and what was written
 // is old or new. Clusters may be lost until a repair.
 func TestWriteCrash(t *testing.T) {
-	ctx := context.Background()
-	for _, options := range []string{"cluster_size=4k", "cluster_size=512", "cluster_size=16k,extended_l2=on", "cluster_size=4k,compat=0.10"} {
-		t.Run(options, func(t *testing.T) {
-			before := written(t, options)
-			old, err := before.content(t)
-			if err != nil {
-				t.Fatal(err)
-			}
-			new := bytes.Clone(old)
-
-			var log formattest.Recorder
-			file := log.File(formattest.MemFile(bytes.Clone(before)))
-			img, err := before.open(t, file, true)
-			if err != nil {
-				t.Fatal(err)
-			}
-			w := img.(sdk.Writer)
-			if _, err := w.BeginWrite(ctx, sdk.WriteRequest{}); err != nil {
-				t.Fatal(err)
-			}
-			for _, run := range []sdk.Run{
-				{Offset: 800 << 10, Length: 48 << 10}, // new clusters
-				{Offset: 0, Length: 32 << 10},         // which the snapshot has too
-				{Offset: 64 << 10, Length: 16 << 10},  // partly its own already
-				{Offset: 512 << 10, Length: 32 << 10}, // compressed ones
-			} {
-				places, err := w.Place(ctx, []sdk.Run{run})
-				if err != nil {
-					t.Fatal(err)
+	for _, c := range []struct {
+		options    string
+		compressed bool
+	}{
+		{"cluster_size=4k", false}, {"cluster_size=512", false}, {"cluster_size=16k,extended_l2=on", false},
+		{"cluster_size=4k,compat=0.10", false}, {"cluster_size=4k", true}, {"cluster_size=4k,compat=0.10", true},
+	} {
+		t.Run(fmt.Sprint(c.options, " compressed ", c.compressed), func(t *testing.T) {
+			states := formattest.Overwrite{
+				Format: New(), Before: written(t, c.options), Compressed: c.compressed,
+				Runs: []sdk.Run{
+					{Offset: 800 << 10, Length: 48 << 10}, // new clusters
+					{Offset: 0, Length: 32 << 10},         // which the snapshot has too
+					{Offset: 64 << 10, Length: 16 << 10},  // partly its own already
+					{Offset: 512 << 10, Length: 32 << 10}, // compressed ones
+				},
+				Zeros: sdk.Run{Offset: 304 << 10, Length: 16 << 10},
+			}.Crashes(t, func(c formattest.Crash) {
+				r, found, err := formattest.CheckState(New(), c.State)
+				if err != nil || r.Corruptions > 0 || r.CheckErrors > 0 {
+					t.Errorf("%s: check: %+v, %v %.300q", c.What, r, err, found)
 				}
-				for _, p := range places {
-					if _, err := file.WriteAt(bytes.Repeat([]byte{3}, int(p.Length)), p.HostOffset); err != nil {
-						t.Fatal(err)
-					}
-				}
-				copy(new[run.Offset:], bytes.Repeat([]byte{3}, int(run.Length)))
-			}
-			zeros := sdk.Run{Offset: 304 << 10, Length: 16 << 10}
-			if err := w.Zero(ctx, []sdk.Run{zeros}); err != nil {
-				t.Fatal(err)
-			}
-			clear(new[zeros.Offset : zeros.Offset+zeros.Length])
-			if err := w.Finish(ctx); err != nil {
-				t.Fatal(err)
-			}
-			states := crashes(t, &log, before, old, new)
+			})
 			if states < 20 {
 				t.Errorf("only %d states", states)
 			}
 		})
 	}
-}
-
-// crashes checks every state that a crash could have left, and that without one
-// the content is the new one. It returns how many there were.
-func crashes(t *testing.T, log *formattest.Recorder, before memory, old, new []byte) int {
-	t.Helper()
-	states := 0
-	var last []byte
-	log.Crashes(before, func(what string, state []byte) {
-		states++
-		got, err := memory(state).content(t)
-		if err != nil {
-			t.Errorf("%s: %v", what, err)
-			return
-		}
-		for i := range got {
-			if got[i] != old[i] && got[i] != new[i] {
-				t.Errorf("%s: byte %#x is %d, was %d and became %d", what, i, got[i], old[i], new[i])
-				break
-			}
-		}
-		if r, found := memory(state).check(t); r == nil || r.Corruptions > 0 || r.CheckErrors > 0 {
-			t.Errorf("%s: %+v %.300s", what, r, found)
-		}
-		if !strings.Contains(what, "without") {
-			last = got
-		}
-	})
-	if !bytes.Equal(last, new) {
-		t.Error("nothing lost, and yet the content is not the new one")
-	}
-	return states
 }
 
 // A crash during a repair leaves the content as it was, and an image that the
@@ -177,16 +67,16 @@ func TestRepairCrash(t *testing.T) {
 	ctx := context.Background()
 	for _, fix := range []sdk.Fix{sdk.FixLeaks, sdk.FixAll} {
 		before := spoil(written(t, "cluster_size=4k"), fix == sdk.FixAll)
-		old, err := before.content(t)
+		old, err := formattest.ReadState(New(), before, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		first, found := before.check(t)
-		if first == nil || first.Leaks == 0 || fix == sdk.FixAll && first.Corruptions == 0 {
-			t.Fatalf("the damage shows as %+v %s", first, found)
+		first, found, err := formattest.CheckState(New(), before)
+		if err != nil || first.Leaks == 0 || fix == sdk.FixAll && first.Corruptions == 0 {
+			t.Fatalf("the damage shows as %+v %q, %v", first, found, err)
 		}
 		repair := func(file sdk.File) error {
-			img, err := before.open(t, file, true)
+			img, err := New().Open(ctx, sdk.OpenRequest{Files: []sdk.NamedFile{{Role: sdk.RoleMain, File: file}}, ReadWrite: true, Check: true})
 			if err != nil {
 				return err
 			}
@@ -201,14 +91,14 @@ func TestRepairCrash(t *testing.T) {
 			t.Fatal(err)
 		}
 		states := 0
-		log.Crashes(before, func(what string, state []byte) {
+		log.Crashes(before, func(c formattest.Crash) {
 			states++
-			got, err := memory(state).content(t)
+			got, err := formattest.ReadState(New(), c.State, nil)
 			if err != nil || !bytes.Equal(got, old) {
-				t.Errorf("fix %v, %s: content differs (%v)", fix, what, err)
+				t.Errorf("fix %v, %s: content differs (%v)", fix, c.What, err)
 			}
-			if err := repair(formattest.MemFile(state)); err != nil {
-				t.Errorf("fix %v, %s: second repair: %v", fix, what, err)
+			if err := repair(formattest.MemFile(c.State)); err != nil {
+				t.Errorf("fix %v, %s: second repair: %v", fix, c.What, err)
 			}
 		})
 		if states < 2 {
@@ -219,7 +109,7 @@ func TestRepairCrash(t *testing.T) {
 
 // spoil appends clusters that nothing uses and, where it may not only leak,
 // miscounts used ones.
-func spoil(b memory, corrupt bool) memory {
+func spoil(b []byte, corrupt bool) []byte {
 	table := binary.BigEndian.Uint64(b[48:])
 	block := int(binary.BigEndian.Uint64(b[table:]))
 	used := len(b) / 4096

@@ -238,10 +238,18 @@ func (s *space) release(off, length int64) error {
 	return nil
 }
 
-// flush writes the refcount blocks and the table, into new clusters where it
-// grew. The header's fields change in memory; the caller writes the header.
+// flush writes the refcount blocks and the table. The header's fields change in
+// memory; the caller writes the header.
 func (s *space) flush() error {
-	h := &s.im.h
+	if err := s.flushBlocks(); err != nil {
+		return err
+	}
+	return s.flushTable()
+}
+
+// flushBlocks writes the refcount blocks, and finds new clusters for the table
+// where it grew.
+func (s *space) flushBlocks() error {
 	per := s.g.clusterSize / 8
 	var oldOffset, oldClusters int64
 	for int64(len(s.table)) > s.tableClusters*per {
@@ -257,9 +265,11 @@ func (s *space) flush() error {
 			return err
 		}
 	}
-	if err := s.blocks.flush(); err != nil {
-		return err
-	}
+	return s.blocks.flush()
+}
+
+// flushTable writes the table, which refers to the blocks.
+func (s *space) flushTable() error {
 	if !s.tableChanged {
 		return nil
 	}
@@ -271,6 +281,7 @@ func (s *space) flush() error {
 		return err
 	}
 	s.tableChanged = false
+	h := &s.im.h
 	h.reftableOffset, h.reftableClusters = uint64(s.tableOffset), uint32(s.tableClusters)
 	return nil
 }

@@ -156,10 +156,8 @@ func (w *writer) table(index int64) (*l2Table, error) {
 		oldest := w.order[0]
 		// What was placed so long ago the core has written.
 		if w.old && w.tables[oldest].dirty {
-			for _, step := range []func() error{w.s.flush, w.writeHeader, w.syncOld} {
-				if err := step(); err != nil {
-					return nil, err
-				}
+			if err := w.inOrder(w.s.flushBlocks, w.s.flushTable, w.writeHeader); err != nil {
+				return nil, err
 			}
 		}
 		if err := w.store(w.tables[oldest]); err != nil {
@@ -543,6 +541,17 @@ func (im *image) Encode(ctx context.Context, units []sdk.Unit) error {
 		if w.err != nil {
 			return w.err
 		}
+		// What is encoded is written here, not by the core: what it replaces can be
+		// given up, and taken again, before the file has grown by a quarter.
+		if n := int64(len(w.released)); n > 0 && n >= w.s.end/4 {
+			err := out.flush()
+			if err == nil {
+				err = w.commit()
+			}
+			if err != nil {
+				return w.fail(err)
+			}
+		}
 		cluster := u.Offset >> im.g.clusterBits
 		if outs[i] == nil {
 			list, err := w.place(nil, cluster, cluster+1)
@@ -677,13 +686,17 @@ func (w *writer) finish() error {
 	return im.setIncompatible(im.h.incompatible &^ incompatDirty)
 }
 
-// commit makes the tables on disk refer to what was placed. Over old content each
-// step is on disk before what relies on it, so that a crash leaves the old content
-// or the new one, and lost clusters at worst: data and refcounts, the header that
-// finds the refcounts, L2 tables, L1 table; what these no longer refer to is free
-// then.
+// commit makes the tables on disk refer to what was placed. Over old content a
+// crash leaves the old content or the new one, and lost clusters at worst: data and
+// refcounts are there first, then what finds the refcounts, L2 tables, L1 table;
+// what these no longer refer to is free then.
 func (w *writer) commit() error {
-	for _, step := range []func() error{w.s.flush, w.writeHeader, w.storeTables, w.writeL1, w.freeReleased} {
+	return w.inOrder(w.s.flushBlocks, w.s.flushTable, w.writeHeader, w.storeTables, w.writeL1, w.freeReleased)
+}
+
+// inOrder takes steps, and over old content each is on disk before the next.
+func (w *writer) inOrder(steps ...func() error) error {
+	for _, step := range steps {
 		if err := step(); err != nil {
 			return err
 		}

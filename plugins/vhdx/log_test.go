@@ -227,8 +227,8 @@ func TestWriteReplays(t *testing.T) {
 // TestReplayCrash stops a replay after every write.
 func TestReplayCrash(t *testing.T) {
 	b := dirtyImage(t, true)
-	rec := &recorder{File: formattest.MemFile(bytes.Clone(b))}
-	img, err := New().Open(context.Background(), sdk.OpenRequest{Files: []sdk.NamedFile{{Role: sdk.RoleMain, File: rec}}, Check: true, ReadWrite: true})
+	var log formattest.Recorder
+	img, err := New().Open(context.Background(), sdk.OpenRequest{Files: []sdk.NamedFile{{Role: sdk.RoleMain, File: log.File(formattest.MemFile(bytes.Clone(b)))}}, Check: true, ReadWrite: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -236,11 +236,11 @@ func TestReplayCrash(t *testing.T) {
 		t.Fatal(err)
 	}
 	states := 0
-	rec.crashes(b, func(state []byte) {
+	log.Crashes(b, func(c formattest.Crash) {
 		states++
-		o := formattest.Open(t, New(), save(t, state), false)
+		o := formattest.Open(t, New(), save(t, c.State), false)
 		if !bytes.Equal(o.Read(0, 4*mib), dirtyContent()) {
-			t.Fatalf("state %d: content", states)
+			t.Fatalf("%s: content", c.What)
 		}
 	})
 	if states < 10 {

@@ -346,29 +346,42 @@ func (o *Opened) TryRead(off, n int64) ([]byte, error) {
 }
 
 func readRange(ctx context.Context, img sdk.Image, files []sdk.NamedFile, off, n int64) ([]byte, error) {
-	extents, err := MapRange(ctx, img, off, n)
-	if err != nil {
+	out := make([]byte, n)
+	if err := readOver(ctx, img, files, off, out); err != nil {
 		return nil, err
 	}
-	out := make([]byte, n)
+	return out, nil
+}
+
+// readOver reads the guest range at off into out, which keeps what it holds
+// where the image has nothing.
+func readOver(ctx context.Context, img sdk.Image, files []sdk.NamedFile, off int64, out []byte) error {
+	extents, err := MapRange(ctx, img, off, int64(len(out)))
+	if err != nil {
+		return err
+	}
 	for _, e := range extents {
 		dst := out[e.Offset-off:][:e.Length]
 		switch e.Kind {
+		case sdk.Zero:
+			clear(dst)
 		case sdk.Data:
 			if e.File >= len(files) {
-				return nil, fmt.Errorf("map: extent %+v is in file %d of %d", e, e.File, len(files))
+				return fmt.Errorf("map: extent %+v is in file %d of %d", e, e.File, len(files))
 			}
 			// A file may end inside an extent: what lies behind reads as zeros.
-			if _, err := files[e.File].File.ReadAt(dst, e.HostOffset); err != nil && !errors.Is(err, io.EOF) {
-				return nil, err
+			n, err := files[e.File].File.ReadAt(dst, e.HostOffset)
+			if err != nil && !errors.Is(err, io.EOF) {
+				return err
 			}
+			clear(dst[n:])
 		case sdk.Encoded:
 			if err := decodeWhole(ctx, img, e, dst); err != nil {
-				return nil, err
+				return err
 			}
 		}
 	}
-	return out, nil
+	return nil
 }
 
 // decodeWhole decodes an encoded extent. Map cuts extents at the range asked
