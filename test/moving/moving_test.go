@@ -15,6 +15,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/instar-img/instar/sdk/formattest"
 )
 
 // instar is the built program.
@@ -30,16 +32,12 @@ func instar(t testing.TB) string {
 	return p
 }
 
-// packages of the oracles.
-var packages = map[string]string{"qemu-img": "qemu-utils", "qemu-io": "qemu-utils", "7z": "p7zip-full", "mkfs.ext4": "e2fsprogs", "debugfs": "e2fsprogs", "mkfs.xfs": "xfsprogs",
-	"mkfs.ntfs": "ntfs-3g", "ntfscp": "ntfs-3g", "ntfscat": "ntfs-3g"}
-
 // must runs a program in dir and returns what it printed.
 func must(t testing.TB, dir, program string, args ...string) string {
 	t.Helper()
 	out, err := run(dir, program, args...)
 	if err != nil {
-		if p := packages[program]; p != "" {
+		if p := formattest.Package(program); p != "" {
 			t.Fatalf("%s %q (Debian package %s): %v\n%s", program, args, p, err, out)
 		}
 		t.Fatalf("%s %q: %v\n%s", program, args, err, out)

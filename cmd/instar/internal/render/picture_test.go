@@ -14,13 +14,15 @@ import (
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/instar-img/instar/sdk/formattest"
 )
 
 // chainMap is what qemu-img says of a chain of three, the middle one compressed.
 func chainMap(t *testing.T) (PictureInfo, []MapEntry) {
 	t.Helper()
 	dir := t.TempDir()
-	sh(t, dir, `
+	formattest.Script(t, dir, `
 		truncate -s 700M base.raw
 		qemu-io -f raw -c 'write -P 3 50M 150M' -c 'write -P 4 600M 33M' base.raw
 		qemu-img create -q -f qcow2 -b base.raw -F raw src.qcow2

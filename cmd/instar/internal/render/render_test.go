@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/formattest"
 	"github.com/instar-img/instar/sdk/option"
 )
 
@@ -161,7 +162,7 @@ func TestHumanSize(t *testing.T) {
 // A snapshot's times and sizes are bytes in the file, so they can be anything.
 func TestSnapshotTable(t *testing.T) {
 	dir := t.TempDir()
-	sh(t, dir, `
+	formattest.Script(t, dir, `
 		qemu-img create -q -f qcow2 s.qcow2 1M
 		qemu-img snapshot -c first s.qcow2
 		qemu-img snapshot -c second s.qcow2

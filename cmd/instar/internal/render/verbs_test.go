@@ -11,13 +11,14 @@ import (
 	"testing"
 
 	"github.com/instar-img/instar/sdk"
+	"github.com/instar-img/instar/sdk/formattest"
 )
 
 // TestMap splits what qemu-img shows as JSON into pieces, which must give the
 // same JSON and the same table again.
 func TestMap(t *testing.T) {
 	dir := t.TempDir()
-	sh(t, dir, `
+	formattest.Script(t, dir, `
 		truncate -s 5000M base.raw
 		qemu-io -f raw -c 'write 100M 3M' base.raw
 		qemu-img create -q -f qcow2 -b base.raw -F raw mid.qcow2
@@ -125,7 +126,7 @@ func TestMapEscapesFileNames(t *testing.T) {
 
 func TestCheck(t *testing.T) {
 	dir := t.TempDir()
-	sh(t, dir, `
+	formattest.Script(t, dir, `
 		qemu-img create -q -f qcow2 good.qcow2 3M
 		qemu-io -c 'write 0 1M' good.qcow2
 		qemu-img convert -c -O qcow2 good.qcow2 packed.qcow2
@@ -149,7 +150,7 @@ func TestCheck(t *testing.T) {
 				if repair {
 					args = append(args, "-r", "all")
 				}
-				sh(t, dir, "cp "+file+" x && cp x y")
+				formattest.Script(t, dir, "cp "+file+" x && cp x y")
 				wantJSON := o.stdout(dir, append(args, "--output", "json", "x")...)
 				r := parseCheck(t, wantJSON)
 				if got := CheckJSON("x", parseFormat(t, wantJSON), r); string(got) != wantJSON {
@@ -206,7 +207,7 @@ func TestCheckErrorsAreCounted(t *testing.T) {
 
 func TestMeasure(t *testing.T) {
 	dir := t.TempDir()
-	sh(t, dir, `
+	formattest.Script(t, dir, `
 		qemu-img create -q -f qcow2 a.qcow2 3M
 		qemu-img bitmap --add a.qcow2 b
 	`)
@@ -228,7 +229,7 @@ func TestMeasure(t *testing.T) {
 
 func TestCompareMessages(t *testing.T) {
 	dir := t.TempDir()
-	sh(t, dir, `
+	formattest.Script(t, dir, `
 		qemu-img create -q -f qcow2 a.qcow2 8M
 		qemu-img create -q -f qcow2 same.qcow2 8M
 		qemu-img create -q -f qcow2 longer.qcow2 9M
@@ -281,7 +282,7 @@ func TestProgress(t *testing.T) {
 
 	// qemu-img's lines have the same form.
 	dir := t.TempDir()
-	sh(t, dir, "qemu-img create -q -f raw a 1M\ncp a b")
+	formattest.Script(t, dir, "qemu-img create -q -f raw a 1M\ncp a b")
 	form := regexp.MustCompile(`^(    \(\d+\.\d\d/100%\)\r)+`)
 	for _, o := range oracles(t) {
 		out := o.run(t, dir, "compare", "-f", "raw", "-F", "raw", "-p", "a", "b")
