@@ -92,7 +92,11 @@ func run(out io.Writer, args []string) error {
 		results = append(results, r)
 		printRow(w, r)
 		// A run that is broken off has not been in vain.
-		fmt.Fprintf(os.Stderr, ": %.2f%s\n", r.WallRatio, r.Skipped)
+		if r.Skipped != "" {
+			fmt.Fprintf(os.Stderr, ": skipped, %s\n", r.Skipped)
+		} else {
+			fmt.Fprintf(os.Stderr, ": %.2f\n", r.WallRatio)
+		}
 		if err := writeJSON(f.json, results); err != nil {
 			return err
 		}

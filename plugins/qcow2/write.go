@@ -88,7 +88,7 @@ func (im *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Writ
 		if err := w.s.collectFree(); err != nil {
 			return info, err
 		}
-		// While content is replaced in place the tables contradict each other.
+		// Until Finish a crash loses clusters, which the next writer is to find.
 		if err := im.setIncompatible(im.h.incompatible | incompatDirty); err != nil {
 			return info, err
 		}

@@ -86,7 +86,7 @@ func Start(spec Spec) (*Child, error) {
 		return nil, err
 	}
 	if err := c.start(spec); err != nil {
-		c.dir.remove()
+		c.dir.remove(nil)
 		return nil, err
 	}
 	c.dir.sweepOnce()
@@ -211,18 +211,8 @@ func (c *Child) Done() <-chan struct{} { return c.done }
 // for the kernel to be done with it.
 func (c *Child) Remove() {
 	c.Kill()
-	if !c.dir.empty() {
-		// It was just making its socket, after the look at what is there.
-		select {
-		case <-c.done:
-		case <-time.After(removeTimeout):
-		}
-	}
-	c.dir.remove()
+	c.dir.remove(c.done)
 }
-
-// removeTimeout bounds the wait for the end of a process that was killed.
-const removeTimeout = 5 * time.Second
 
 // ours are the processes that we started and that have not been waited for.
 var ours struct {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -121,23 +122,30 @@ func lockDir(path string) (*os.File, error) {
 	return f, nil
 }
 
-// empty removes what is in the directory, and the directory. It reports whether
-// that is gone, so that nothing can be made in it any more.
-func (d *socketDir) empty() bool {
+// remove removes the directory. gone is closed at the end of the process that was
+// killed, nil where there was none.
+func (d *socketDir) remove(gone <-chan struct{}) {
 	// Nearly always one socket and nothing else.
 	names, _ := d.lock.Readdirnames(-1)
 	for _, name := range names {
 		os.Remove(path.Join(d.path, name))
 	}
-	err := unix.Rmdir(d.path)
-	return err == nil || errors.Is(err, unix.ENOENT)
-}
-
-func (d *socketDir) remove() {
-	os.RemoveAll(d.path)
+	if err := unix.Rmdir(d.path); err != nil && !errors.Is(err, unix.ENOENT) {
+		// It was just making its socket, after the look at what is there.
+		if gone != nil {
+			select {
+			case <-gone:
+			case <-time.After(removeTimeout):
+			}
+		}
+		os.RemoveAll(d.path)
+	}
 	d.lock.Close()
 	_ = unix.Rmdir(d.base) // fails, as it should, while others use it
 }
+
+// removeTimeout bounds the wait for the end of a process that was killed.
+const removeTimeout = 5 * time.Second
 
 var swept sync.Once
 

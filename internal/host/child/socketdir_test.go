@@ -41,14 +41,14 @@ func TestSocketDirs(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(first.path, "a", "b"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	first.remove()
+	first.remove(nil)
 	if _, err := os.Stat(first.path); !os.IsNotExist(err) {
 		t.Errorf("%s is left: %v", first.path, err)
 	}
 	if _, err := os.Stat(second.path); err != nil {
 		t.Errorf("the other went with it: %v", err)
 	}
-	second.remove()
+	second.remove(nil)
 	if _, err := os.Stat(base); !os.IsNotExist(err) {
 		t.Errorf("%s is left: %v", base, err)
 	}
