@@ -78,11 +78,14 @@ packages: build tools/bin/nfpm ## Build Debian packages into dist/, one for each
 test: oracles ## Install the oracles where possible, build, run every test
 	@$(MAKE) --no-print-directory -k test-unit test-integration
 
-test-unit: build ## Test every package on its own
-	$(GO) test -timeout 20m $$($(GO) list ./... | grep -v -e '/cmd/' -e '/test/')
+# Other than go test it names the tests that were skipped, and why.
+GOTEST = tools/bin/gotestsum --format pkgname --raw-command -- $(GO) test -json
 
-test-integration: build ## Test the built programs, against qemu-img and other readers
-	$(GO) test -count=1 -timeout 30m $(INTEGRATION)
+test-unit: build tools/bin/gotestsum ## Test every package on its own
+	$(GOTEST) -timeout 20m $$($(GO) list ./... | grep -v -e '/cmd/' -e '/test/')
+
+test-integration: build tools/bin/gotestsum ## Test the built programs, against qemu-img and other readers
+	$(GOTEST) -count=1 -timeout 30m $(INTEGRATION)
 
 oracles: ## Install what the tests compare with, or say what is missing
 	@.ci/oracles
