@@ -501,6 +501,14 @@ type WriteInfo struct {
 	EncodeOnly bool  // Place is not supported (streamOptimized)
 	// ReadsZero: units never written read as zeros (no old content, no backing).
 	ReadsZero bool
+	// InPlace: guest offset and host offset in the first file are the same
+	// everywhere, and no metadata tells what is stored, so that Place need not be
+	// called.
+	InPlace bool
+	// Ahead: the core may have runs placed before it knows whether they hold
+	// anything but zeros, and later give some to Zero, in any order: those in whose
+	// places it has written nothing. They are free for what is placed after.
+	Ahead bool
 }
 
 // Unit is the guest content of one allocation unit, cut only by the end of the

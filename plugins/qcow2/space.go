@@ -1,8 +1,10 @@
 package qcow2
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"github.com/instar-img/instar/sdk"
 )
@@ -131,6 +133,15 @@ func (s *space) free(c int64) {
 		s.freed[n-1].end++
 	} else if n < maxFreed {
 		s.freed = append(s.freed, span{c, c + 1})
+	}
+}
+
+// trim lets the file end before clusters at its end that have become free.
+func (s *space) trim() {
+	slices.SortFunc(s.freed, func(a, b span) int { return cmp.Compare(a.end, b.end) })
+	for n := len(s.freed); n > 0 && s.freed[n-1].end == s.end; n-- {
+		s.end = s.freed[n-1].start
+		s.freed = s.freed[:n-1]
 	}
 }
 

@@ -99,6 +99,7 @@ func (im *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Writ
 	return sdk.WriteInfo{
 		Unit:      im.g.clusterSize,
 		ReadsZero: im.backing == "" && !w.old,
+		Ahead:     im.backing == "" && !w.old && !im.h.dataFile(),
 	}, nil
 }
 
@@ -668,6 +669,9 @@ func (w *writer) finish() error {
 	}
 	if err := w.storeBitmaps(); err != nil {
 		return err
+	}
+	if !w.old {
+		w.s.trim()
 	}
 	if err := w.commit(); err != nil {
 		return err

@@ -20,7 +20,7 @@ func (img *image) BeginWrite(_ context.Context, req sdk.WriteRequest) (sdk.Write
 	if req.Compressed {
 		return sdk.WriteInfo{}, &sdk.Error{Text: "Compression not supported for this file format", Class: sdk.ErrUnsupported}
 	}
-	return sdk.WriteInfo{Unit: sectorSize}, nil
+	return sdk.WriteInfo{Unit: sectorSize, InPlace: true}, nil
 }
 
 func (img *image) checkRuns(runs []sdk.Run) error {

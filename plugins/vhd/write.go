@@ -32,7 +32,9 @@ type writer struct {
 	firstNew int64              // bitmap of the first new block, 0 for none
 	pages    map[int64][]uint32 // of the table, by first entry
 	dirty    map[int64]bool
-	inPlace  bool // the image had content before
+	recent   recent
+	spare    []int64 // where blocks were that have been given back, oldest first
+	inPlace  bool    // the image had content before
 	metadata []region
 	// Of differencing disks, the bitmap of the new block being written:
 	current int64 // -1 for none
@@ -55,7 +57,7 @@ func (img *image) BeginWrite(_ context.Context, req sdk.WriteRequest) (sdk.Write
 	}
 	if img.footer.diskType == typeFixed {
 		// What the file holds already only the core knows.
-		return sdk.WriteInfo{Unit: sectorSize}, nil
+		return sdk.WriteInfo{Unit: sectorSize, InPlace: true}, nil
 	}
 	img.writer = &writer{
 		layout:  newLayout(img.blockSize()),
@@ -71,7 +73,8 @@ func (img *image) BeginWrite(_ context.Context, req sdk.WriteRequest) (sdk.Write
 	if img.tailFrom >= img.dataEnd && img.tailOK {
 		img.writer.end = img.tailFrom
 	}
-	return sdk.WriteInfo{Unit: writeUnit, ReadsZero: img.used == 0 && !img.differencing()}, nil
+	empty := img.used == 0 && !img.differencing()
+	return sdk.WriteInfo{Unit: writeUnit, ReadsZero: empty, Ahead: empty}, nil
 }
 
 // Place implements sdk.Writer.
@@ -82,10 +85,11 @@ func (img *image) Place(_ context.Context, runs []sdk.Run) ([]sdk.Placement, err
 			places = append(places, sdk.Placement{Offset: r.Offset, Length: r.Length, HostOffset: r.Offset})
 			return nil
 		}
-		entry, _, err := img.allocate(block)
+		entry, fresh, err := img.allocate(block)
 		if err != nil {
 			return err
 		}
+		img.writer.recent.add(block, r, fresh)
 		places = append(places, sdk.Placement{
 			Offset:     r.Offset,
 			Length:     r.Length,
@@ -115,6 +119,9 @@ func (img *image) Zero(ctx context.Context, runs []sdk.Run) error {
 			if entry, fresh, err = img.allocate(block); err != nil {
 				return err
 			}
+		}
+		if !img.writer.inPlace && !img.differencing() {
+			return img.giveBack(block, entry, r)
 		}
 		if !fresh && !img.isNew(entry) {
 			if err := img.checkEntry(block, entry); err != nil {
@@ -203,6 +210,9 @@ func (img *image) allocate(block int64) (entry uint32, fresh bool, err error) {
 		return entry, false, img.checkEntry(block, entry)
 	}
 	at := w.layout.next(w.end)
+	if len(w.spare) > 0 {
+		at = w.spare[0]
+	}
 	if !addressable(at) {
 		return 0, false, fmt.Errorf("block %d: no space below 2 TiB in the file: %w", block, sdk.ErrTooBig)
 	}
@@ -215,7 +225,11 @@ func (img *image) allocate(block int64) (entry uint32, fresh bool, err error) {
 	if _, err := img.file.WriteAt(bits, at); err != nil {
 		return 0, false, fmt.Errorf("block %d: write bitmap: %w", block, err)
 	}
-	w.end = at + img.bitmap + img.blockSize()
+	if len(w.spare) > 0 {
+		w.spare = w.spare[1:]
+	} else {
+		w.end = at + img.bitmap + img.blockSize()
+	}
 	if w.firstNew == 0 {
 		w.firstNew = at
 	}
@@ -223,6 +237,108 @@ func (img *image) allocate(block int64) (entry uint32, fresh bool, err error) {
 	page[block-first] = entry
 	w.dirty[first] = true
 	return entry, true, nil
+}
+
+// recent knows how many bytes are placed in each of the blocks that were added
+// last: places are given back soon or never.
+type recent struct {
+	bytes map[int64]int64 // by block
+	order []int64
+	end   int64 // guest offset behind what was placed last
+}
+
+const recentBlocks = 256
+
+func (r *recent) add(block int64, run sdk.Run, fresh bool) {
+	if fresh {
+		if r.bytes == nil {
+			r.bytes = map[int64]int64{}
+		}
+		if len(r.order) == recentBlocks {
+			delete(r.bytes, r.order[0])
+			r.order = r.order[:copy(r.order, r.order[1:])]
+		}
+		r.bytes[block] = 0
+		r.order = append(r.order, block)
+	}
+	if _, ok := r.bytes[block]; ok {
+		r.bytes[block] += run.Length
+	}
+	r.end = run.Offset + run.Length
+}
+
+// giveBack takes back a run that was placed in a block of an image that was
+// empty, and in which nothing has been written: with the last of them the block.
+func (img *image) giveBack(block int64, entry uint32, run sdk.Run) error {
+	w := img.writer
+	left, ok := w.recent.bytes[block]
+	if !ok || run.Offset >= w.recent.end {
+		return nil // zeros in a block that is there
+	}
+	if left -= run.Length; left > 0 {
+		w.recent.bytes[block] = left
+		return nil
+	}
+	delete(w.recent.bytes, block)
+	page, first, err := img.page(block)
+	if err != nil {
+		return err
+	}
+	page[block-first] = unallocated
+	w.spare = append(w.spare, int64(entry)*sectorSize)
+	return nil
+}
+
+// compact closes the gaps that blocks given back have left: with what was placed
+// last, where the end of the file does not move below them. They are few: the
+// core gives back soon after it has placed.
+func (img *image) compact(ctx context.Context) error {
+	w := img.writer
+	slices.Sort(w.spare)
+	whole := img.bitmap + img.blockSize()
+	for len(w.spare) > 0 {
+		last := w.end - whole
+		if n := len(w.spare) - 1; w.spare[n] == last {
+			w.spare = w.spare[:n]
+		} else {
+			if err := img.moveBlock(ctx, last, w.spare[0]); err != nil {
+				return err
+			}
+			w.spare = w.spare[1:]
+		}
+		w.end = last
+	}
+	return nil
+}
+
+// moveBlock moves the block whose bitmap is at from to a gap at to. Zeros stay
+// holes.
+func (img *image) moveBlock(ctx context.Context, from, to int64) error {
+	w := img.writer
+	for _, first := range slices.Sorted(maps.Keys(w.dirty)) {
+		i := slices.Index(w.pages[first], uint32(from/sectorSize))
+		if i < 0 {
+			continue
+		}
+		b, zeros := make([]byte, writeUnit), make([]byte, writeUnit)
+		for off := img.bitmap; off < img.bitmap+img.blockSize(); off += writeUnit {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			if _, err := img.file.ReadAt(b, from+off); err != nil && !errors.Is(err, io.EOF) {
+				return fmt.Errorf("move block %d from %#x: %w", first+int64(i), from, err)
+			}
+			if bytes.Equal(b, zeros) {
+				continue
+			}
+			if _, err := img.file.WriteAt(b, to+off); err != nil {
+				return fmt.Errorf("move block %d to %#x: %w", first+int64(i), to, err)
+			}
+		}
+		w.pages[first][i] = uint32(to / sectorSize)
+		return nil
+	}
+	return fmt.Errorf("no block at %#x: %w", from, sdk.ErrCorrupt)
 }
 
 // isNew reports whether a block was added since BeginWrite.
@@ -356,6 +472,9 @@ func (img *image) Finish(ctx context.Context) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if err := img.flushBitmap(); err != nil {
+		return err
+	}
+	if err := img.compact(ctx); err != nil {
 		return err
 	}
 	if w.firstNew != 0 {

@@ -32,6 +32,8 @@ type writer struct {
 	// natural is where block 0 of a fixed image lies whose blocks have their
 	// place in the file, whether the table says so or not; -1 elsewhere.
 	natural int64
+	// spare are the host offsets of blocks given back, oldest first.
+	spare []int64
 	// pages are the sectors of the table that change, by index.
 	pages map[int64]*page
 }
@@ -76,6 +78,7 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 	w.fresh = !present
 	w.pages = map[int64]*page{}
 	w.natural = -1
+	w.spare = nil
 	size := img.file.fileSize
 	// A device keeps its size, and its end says nothing.
 	err = img.file.File.Truncate(size)
@@ -97,7 +100,8 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 		w.capacity = size
 	}
 	w.begun = true
-	return sdk.WriteInfo{Unit: img.geo.blockSize, ReadsZero: w.fresh && !img.geo.parent}, nil
+	empty := w.fresh && !img.geo.parent
+	return sdk.WriteInfo{Unit: img.geo.blockSize, ReadsZero: empty, Ahead: empty && w.natural < 0}, nil
 }
 
 func (img *image) fixed() bool {
@@ -265,6 +269,9 @@ func (img *image) placeBlock(block int64) (int64, error) {
 		// All of the block will be here: its bitmap no longer counts.
 	case w.natural >= 0:
 		host = w.natural + block*g.blockSize
+	case len(w.spare) > 0:
+		host = w.spare[0]
+		w.spare = w.spare[1:]
 	default:
 		host = w.end
 		end, ok := ondisk.Add(host, g.blockSize)
@@ -315,6 +322,9 @@ func (img *image) zeroBlock(ctx context.Context, block int64) error {
 	case e.state() == blockFullyPresent && img.fixed():
 		// The blocks of a fixed image stay allocated.
 		return img.zeroBytes(ctx, int64(e.offset()), g.length(block))
+	case e.state() == blockFullyPresent && img.writer.fresh && !g.parent:
+		// Placed since, and nothing has been written there.
+		img.writer.spare = append(img.writer.spare, int64(e.offset()))
 	}
 	if err := img.touch(); err != nil {
 		return err
@@ -364,6 +374,9 @@ func (img *image) Finish(ctx context.Context) error {
 		return errNotWriting
 	}
 	w.begun = false
+	if err := img.trim(); err != nil {
+		return err
+	}
 	var changed []int64
 	for n, p := range w.pages {
 		if p.changed {
@@ -387,6 +400,29 @@ func (img *image) Finish(ctx context.Context) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// trim ends the file before blocks at its end that were given back.
+func (img *image) trim() error {
+	w, f := &img.writer, img.file
+	if !w.grow || len(w.spare) == 0 {
+		return nil
+	}
+	slices.Sort(w.spare)
+	for n := len(w.spare); n > 0 && w.spare[n-1] == w.end-img.geo.blockSize; n-- {
+		w.end -= img.geo.blockSize
+		w.spare = w.spare[:n-1]
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if w.end >= f.fileSize {
+		return nil
+	}
+	if err := f.File.Truncate(w.end); err != nil {
+		return fmt.Errorf("write: end the file at %#x: %w", w.end, err)
+	}
+	f.fileSize, f.size = w.end, w.end
 	return nil
 }
 

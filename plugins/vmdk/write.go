@@ -39,8 +39,9 @@ type writer struct {
 type extentWriter struct {
 	e      *extent
 	fresh  bool
-	end    int64 // host offset of the next new grain
-	exists int64 // length of the file before
+	end    int64   // host offset of the next new grain
+	spare  []int64 // host offsets of grains given back, oldest first
+	exists int64   // length of the file before
 	tables map[int64]*tableBuffer
 	writer *writer
 }
@@ -94,13 +95,13 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 			return sdk.WriteInfo{}, fmt.Errorf("write: extent %d begins inside a grain: %w", i, sdk.ErrUnsupported)
 		}
 	}
-	info := sdk.WriteInfo{Unit: unit, ReadsZero: w.fresh && !w.backing}
+	info := sdk.WriteInfo{Unit: unit, ReadsZero: w.fresh && !w.backing, Ahead: w.fresh && !w.backing}
 	if l.extents[0].sparse != nil && l.extents[0].sparse.compressed {
 		var err error
 		if w.stream, err = newStreamWriter(img, l.extents[0], w.fresh); err != nil {
 			return sdk.WriteInfo{}, fmt.Errorf("write: %w", err)
 		}
-		info.EncodeOnly = true
+		info.EncodeOnly, info.Ahead = true, false
 	}
 	w.begun = true
 	return info, nil
@@ -507,10 +508,15 @@ func (x *extentWriter) allocate(off int64) (int64, error) {
 		return g.host, nil
 	}
 	host := x.end
-	if (host+s.grain)/sectorSize > maxSectors {
-		return 0, fmt.Errorf("grain at %#x: a VMDK extent cannot address it: %w", host, sdk.ErrTooBig)
+	if len(x.spare) > 0 {
+		host = x.spare[0]
+		x.spare = x.spare[1:]
+	} else {
+		if (host+s.grain)/sectorSize > maxSectors {
+			return 0, fmt.Errorf("grain at %#x: a VMDK extent cannot address it: %w", host, sdk.ErrTooBig)
+		}
+		x.end += s.grain
 	}
-	x.end += s.grain
 	binary.LittleEndian.PutUint32(t.entries[j*4:], uint32(host/sectorSize))
 	t.changed = true
 	return host, nil
@@ -530,6 +536,12 @@ func (x *extentWriter) zero(off int64, backing bool) error {
 	absent := g.host == 0 && !g.zero
 	switch {
 	case g.zero || absent && !backing:
+		return nil
+	case x.writer.fresh && !backing:
+		// Placed since, and nothing has been written there.
+		x.spare = append(x.spare, g.host)
+		binary.LittleEndian.PutUint32(t.entries[j*4:], 0)
+		t.changed = true
 		return nil
 	case s.zeroed:
 		binary.LittleEndian.PutUint32(t.entries[j*4:], 1)
@@ -579,6 +591,11 @@ func (x *extentWriter) flush() error {
 
 // finish writes the tables and gives the file its length: whole grains.
 func (x *extentWriter) finish() error {
+	slices.Sort(x.spare)
+	for n := len(x.spare); n > 0 && x.spare[n-1] == x.end-x.e.sparse.grain; n-- {
+		x.end -= x.e.sparse.grain
+		x.spare = x.spare[:n-1]
+	}
 	size, err := x.e.file.Size()
 	if err != nil {
 		return err

@@ -333,7 +333,7 @@ func (m *Image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Write
 	if r.GetUnit() <= 0 {
 		return sdk.WriteInfo{}, fmt.Errorf("plugin wants units of %d bytes", r.GetUnit())
 	}
-	return sdk.WriteInfo{Unit: r.GetUnit(), EncodeOnly: r.GetEncodeOnly(), ReadsZero: r.GetReadsZero()}, nil
+	return sdk.WriteInfo{Unit: r.GetUnit(), EncodeOnly: r.GetEncodeOnly(), ReadsZero: r.GetReadsZero(), InPlace: r.GetInPlace(), Ahead: r.GetAhead()}, nil
 }
 
 // Place implements sdk.Writer. The answer covers the runs exactly, in order.

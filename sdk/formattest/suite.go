@@ -97,6 +97,7 @@ func (s *suite) whole(t *testing.T, m *sdk.Manifest) {
 	}
 	if m.Has(sdk.CapCreate) && m.Has(sdk.CapWrite) {
 		t.Run("write", s.write)
+		t.Run("ahead", s.ahead)
 	}
 }
 
@@ -795,4 +796,126 @@ func (s *suite) write(t *testing.T) {
 		t.Errorf("an image of %d bytes into which nothing was written is not all zeros", before.Size())
 	}
 	s.checkClean(t, f, path)
+}
+
+const maxAheadUnit = 2 << 20
+
+// ahead places runs before their content is known, as WriteInfo.Ahead and InPlace
+// allow, and gives some back: the image holds what was written, and the file is as
+// long as if nothing else had been placed.
+func (s *suite) ahead(t *testing.T) {
+	f := s.format(t)
+	for _, opts := range s.Options {
+		t.Run(opts, func(t *testing.T) {
+			ctx := context.Background()
+			newImage := func(size int64) (string, *Opened, sdk.Writer, sdk.WriteInfo) {
+				path, err := CreateAs(t, f, t.TempDir(), "image", size, opts, reproducible)
+				if err != nil {
+					t.Fatal(err)
+				}
+				o := Open(t, f, path, true)
+				w, ok := o.Image.(sdk.Writer)
+				if !ok {
+					t.Fatal("the image does not implement sdk.Writer")
+				}
+				info, err := w.BeginWrite(ctx, sdk.WriteRequest{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return path, o, w, info
+			}
+			_, o, w, info := newImage(s.WriteSize)
+			step := max(info.Unit, o.Info.AllocationUnit)
+			if step > maxAheadUnit {
+				t.Logf("units of %d bytes: too much for this test", step)
+				return
+			}
+			const n = 9
+			path, o, w, info := newImage((n-1)*step + min(step, 4096))
+			size := o.Info.VirtualSize
+			unit := func(i int64) sdk.Run {
+				return sdk.Run{Offset: i * step, Length: min(step, size-i*step)}
+			}
+			place := func(o *Opened, w sdk.Writer, r sdk.Run) []sdk.Placement {
+				t.Helper()
+				places, err := w.Place(ctx, []sdk.Run{r})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return places
+			}
+			fill := func(o *Opened, places []sdk.Placement) {
+				t.Helper()
+				for _, p := range places {
+					if _, err := o.Files[p.File].File.WriteAt(pattern(uint64(p.Offset), int(p.Length)), p.HostOffset); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			if info.InPlace {
+				for _, p := range place(o, w, unit(n-1)) {
+					if p.File != 0 || p.HostOffset != p.Offset {
+						t.Errorf("in place, and yet guest offset %#x is at %#x of file %d", p.Offset, p.HostOffset, p.File)
+					}
+				}
+			}
+			if !info.Ahead || info.EncodeOnly {
+				return
+			}
+			// All but the last, of which the first, two in the middle and the end
+			// turn out to be zeros.
+			kept := []int64{1, 4}
+			content := make([]byte, size)
+			keep := func(places []sdk.Placement) {
+				for _, p := range places {
+					copy(content[p.Offset:], pattern(uint64(p.Offset), int(p.Length)))
+				}
+			}
+			var back []sdk.Run
+			for i := range int64(n - 1) {
+				places := place(o, w, unit(i))
+				if slices.Contains(kept, i) {
+					fill(o, places)
+					keep(places)
+				} else {
+					back = append(back, unit(i))
+				}
+			}
+			if err := w.Zero(ctx, back); err != nil {
+				t.Fatal(err)
+			}
+			last := place(o, w, unit(n-1))
+			fill(o, last)
+			keep(last)
+			if err := w.Finish(ctx); err != nil {
+				t.Fatal(err)
+			}
+			if got := Open(t, f, path, false).Read(0, size); !bytes.Equal(got, content) {
+				t.Error("content differs")
+			}
+			s.checkClean(t, f, path)
+
+			plain, o2, w2, _ := newImage(size)
+			for _, i := range append(kept, n-1) {
+				fill(o2, place(o2, w2, unit(i)))
+			}
+			if err := w2.Finish(ctx); err != nil {
+				t.Fatal(err)
+			}
+			// The last went where the first had been, and the end was given up, but for
+			// the unit between those kept.
+			if got, want := fileLength(t, path), fileLength(t, plain); got > want+2*step {
+				t.Errorf("file of %d bytes, %d where only what is needed is placed", got, want)
+			}
+		})
+	}
+}
+
+func fileLength(t *testing.T, path string) int64 {
+	t.Helper()
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Size()
 }

@@ -95,7 +95,7 @@ func (c *copy_) clone(s *step) error {
 		err := each(sdk.Run{Offset: p.Offset, Length: p.Length}, places, func(off, length int64, at *sdk.Placement, host int64) error {
 			part := p.from(off - p.Offset)
 			part.Length = length
-			return c.share(part, c.dst.Files[at.File], host)
+			return c.share(part, at.File, host)
 		})
 		if err != nil {
 			return err
@@ -104,8 +104,9 @@ func (c *copy_) clone(s *step) error {
 	return nil
 }
 
-// share shares the bytes of e, or copies them, to host in f.
-func (c *copy_) share(e Extent, f *os.File, host int64) error {
+// share shares the bytes of e, or copies them, to host in a file of the target.
+func (c *copy_) share(e Extent, file int, host int64) error {
+	f := c.dst.Files[file]
 	if n := e.Length / cloneAlign * cloneAlign; n > 0 && host%cloneAlign == 0 && e.HostOffset%cloneAlign == 0 && c.clones.hope(e.File) {
 		c.reader.work <- struct{}{}
 		err := cloneRange(f, host, e.File, e.HostOffset, n)
@@ -142,7 +143,10 @@ func (c *copy_) share(e Extent, f *os.File, host int64) error {
 			return err
 		}
 		for _, r := range nonzero(nil, slot.mem[:part.Length], part.Offset, DefaultSparse) {
-			if err := c.pwrite(f, slot.mem[r.Offset-part.Offset:][:r.Length], host+r.Offset-part.Offset, r.Offset); err != nil {
+			c.reader.work <- struct{}{}
+			err := c.pwrite(file, slot.mem[r.Offset-part.Offset:][:r.Length], host+r.Offset-part.Offset, r.Offset)
+			<-c.reader.work
+			if err != nil {
 				return err
 			}
 		}

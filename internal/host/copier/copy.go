@@ -78,6 +78,12 @@ const (
 	clonePieces = 4096
 	// defaultWorkers was the fastest on two cores.
 	defaultWorkers = 2
+	// aheadSize is how much is placed by one call before it is read.
+	aheadSize = 16 << 20
+	// wasteful is how much that was placed ahead may turn out to be zeros before
+	// nothing is placed ahead any more, and wastefulShare its part of the whole.
+	wasteful      = 4 << 20
+	wastefulShare = 4
 )
 
 // step is a part of the work, in the order of the disk.
@@ -90,6 +96,7 @@ type step struct {
 	slot   *slot
 	ready  chan struct{} // closed when read
 	whole  bool          // all of it must be written
+	ahead  bool          // placed before it is read, and then read and written in one go
 	data   []sdk.Run     // what must be written
 	places []sdk.Placement
 	probe  chan struct{} // closed when done, where somebody waits for that
@@ -121,11 +128,14 @@ type copy_ struct {
 	plain  *pool
 	pools  *windowPools
 	steps  chan *step
+	moves  chan *step // placed ahead
 	writes sync.WaitGroup
+	ahead  ahead
 	clones cloner
 	carry  []sdk.Placement // of the unit that the last step ended in
 
-	limits []int64 // of host offsets in the target's files
+	limits   []int64 // of host offsets in the target's files
+	reserves []bool  // the target's files whose blocks are allocated before they are written
 
 	done                     atomic.Int64
 	written, cloned, encoded atomic.Int64
@@ -147,10 +157,14 @@ func Copy(ctx context.Context, src *Source, dst *Target, opts Options) (Stats, e
 	if info.Unit <= 0 {
 		return Stats{}, fmt.Errorf("the target has units of %d bytes: %w", info.Unit, sdk.ErrInvalid)
 	}
-	c := &copy_{src: src, dst: dst, opts: opts, info: info, steps: make(chan *step, 64)}
+	c := &copy_{src: src, dst: dst, opts: opts, info: info, steps: make(chan *step, 64), moves: make(chan *step)}
 	c.encode = opts.Compressed || info.EncodeOnly
 	// A format without metadata cannot know what a file held: ours are new.
 	c.explode = opts.Base != nil || !(info.ReadsZero || opts.TargetIsZero || dst.Fresh)
+	if info.InPlace && len(dst.Files) == 0 {
+		return Stats{}, fmt.Errorf("the target writes in place, into no file: %w", sdk.ErrInvalid)
+	}
+	c.ahead.on.Store(!c.encode && !c.explode && (info.InPlace || info.Ahead && dst.Fresh && !opts.Reproducible))
 	c.reader = newReader(opts.Workers, opts.Salvage)
 	c.limit.rate = opts.Rate
 	c.ctx, c.cancel = context.WithCancelCause(ctx)
@@ -171,9 +185,16 @@ func Copy(ctx context.Context, src *Source, dst *Target, opts Options) (Stats, e
 			c.fail(err)
 		}
 	}()
+	for range opts.Workers {
+		c.writes.Go(c.mover)
+	}
 	c.sequence()
+	close(c.moves)
 	c.writes.Wait()
 	if err := context.Cause(c.ctx); err != nil {
+		return c.stats(), err
+	}
+	if err := c.giveBack(c.ahead.rest(info.Unit, dst.Size)); err != nil {
 		return c.stats(), err
 	}
 	if opts.BeforeFinish != nil {
@@ -227,6 +248,7 @@ func (c *copy_) bounds() error {
 			return err
 		}
 		c.limits = append(c.limits, add(length, room))
+		c.reserves = append(c.reserves, c.dst.Fresh && reserves(f))
 	}
 	return nil
 }
@@ -611,6 +633,9 @@ func (p *planner) emitRead(s *step) error {
 	if err := p.flushRun(); err != nil {
 		return err
 	}
+	if s.ahead = p.ahead.on.Load() && !hasEncoded(s.pieces); s.ahead {
+		return p.emit(s)
+	}
 	var err error
 	if s.slot, err = p.slotFor(s.pieces); err != nil {
 		return err
@@ -639,6 +664,11 @@ func (c *copy_) read(s *step, base *slot) error {
 	if err := c.reader.read(c.ctx, s.slot, s.off, s.length, s.pieces); err != nil {
 		return err
 	}
+	return c.examine(s, base)
+}
+
+// examine finds out what must be written of a step that has been read.
+func (c *copy_) examine(s *step, base *slot) error {
 	buf := s.slot.mem[:s.length]
 	switch {
 	case c.opts.Sparse == 0 || s.whole:
@@ -696,8 +726,11 @@ func (c *copy_) sequence() {
 		}
 		batch := []*step{s}
 		// As many more as are ready, so that one call serves them.
-		total := s.length
-		for s.kind != stepZero && s.probe == nil && total < c.batchSize() {
+		total, most := s.length, c.batchSize()
+		if s.ahead {
+			most = min(most, aheadSize)
+		}
+		for s.kind != stepZero && s.probe == nil && total < most {
 			next, ok := c.ready()
 			if !ok {
 				break
@@ -797,20 +830,18 @@ func (c *copy_) zero(s *step) error {
 func (c *copy_) placeBatch(batch []*step) error {
 	var want, zero []sdk.Run
 	for _, s := range batch {
-		if s.kind == stepClone {
-			s.data = s.data[:0]
-			for i := range s.pieces {
-				s.data = join(s.data, s.pieces[i].Offset, s.pieces[i].Length)
-			}
+		if s.kind == stepClone || s.ahead {
+			s.data = c.occupied(s)
 		}
 		units := c.units(s.data)
+		c.ahead.placed(c, s, units)
 		for _, u := range units {
 			want = join(want, u.Offset, u.Length)
 		}
 		if c.explode {
 			zero = append(zero, c.without(s, units)...)
 		}
-		if !c.dst.Fresh {
+		if !c.dst.Fresh && !s.ahead {
 			s.data = within(units, s.off, s.length)
 		}
 	}
@@ -823,18 +854,32 @@ func (c *copy_) placeBatch(batch []*step) error {
 	}
 	for _, s := range batch {
 		s.places = overlap(places, s.off, s.length)
-		c.writes.Add(1)
-		go func() {
-			defer c.writes.Done()
+		if s.ahead {
+			c.moves <- s
+			continue
+		}
+		c.writes.Go(func() {
 			defer c.finish(s)
 			if err := c.write(s); err != nil {
 				c.fail(err)
 				return
 			}
 			c.progress(s.length)
-		}()
+		})
 	}
 	return nil
+}
+
+// occupied returns the parts of a step that are not known to be zeros.
+func (c *copy_) occupied(s *step) []sdk.Run {
+	if c.opts.Sparse == 0 {
+		return []sdk.Run{{Offset: s.off, Length: s.length}}
+	}
+	var out []sdk.Run
+	for i := range s.pieces {
+		out = join(out, s.pieces[i].Offset, s.pieces[i].Length)
+	}
+	return out
 }
 
 // without returns the whole units of a step that are not in units: they are
@@ -877,11 +922,11 @@ func (c *copy_) place(want, zero []sdk.Run) ([]sdk.Placement, error) {
 			}
 		}
 		if n > 0 {
-			got, err := c.dst.Writer.Place(c.ctx, want[:n])
-			if err != nil {
+			if err := c.giveBack(c.ahead.take()); err != nil {
 				return nil, err
 			}
-			if err := c.covers(want[:n], got); err != nil {
+			got, err := c.ask(want[:n])
+			if err != nil {
 				return nil, err
 			}
 			places = append(places, got...)
@@ -911,6 +956,22 @@ func (c *copy_) place(want, zero []sdk.Run) ([]sdk.Placement, error) {
 		}
 	}
 	return places, nil
+}
+
+// ask asks the target for places.
+func (c *copy_) ask(runs []sdk.Run) ([]sdk.Placement, error) {
+	if c.info.InPlace {
+		places := make([]sdk.Placement, len(runs))
+		for i, r := range runs {
+			places[i] = sdk.Placement{Offset: r.Offset, Length: r.Length, HostOffset: r.Offset}
+		}
+		return places, nil
+	}
+	places, err := c.dst.Writer.Place(c.ctx, runs)
+	if err != nil {
+		return nil, err
+	}
+	return places, c.covers(runs, places)
 }
 
 // covers checks that a plugin has placed just what it was asked to place, in
@@ -982,6 +1043,13 @@ func (c *copy_) write(s *step) error {
 	if s.kind == stepClone {
 		return c.clone(s)
 	}
+	c.reader.work <- struct{}{}
+	defer func() { <-c.reader.work }()
+	return c.put(s)
+}
+
+// put is write of what was read, for a caller who has one of the places at work.
+func (c *copy_) put(s *step) error {
 	places := s.places
 	for _, r := range s.data {
 		if err := c.limit.wait(c.ctx, r.Length); err != nil {
@@ -991,7 +1059,7 @@ func (c *copy_) write(s *step) error {
 			places = places[1:]
 		}
 		err := each(r, places, func(off, length int64, p *sdk.Placement, host int64) error {
-			return c.pwrite(c.dst.Files[p.File], s.slot.mem[off-s.off:][:length], host, off)
+			return c.pwrite(p.File, s.slot.mem[off-s.off:][:length], host, off)
 		})
 		if err != nil {
 			return err
@@ -1000,11 +1068,14 @@ func (c *copy_) write(s *step) error {
 	return nil
 }
 
-func (c *copy_) pwrite(f *os.File, b []byte, host, guest int64) error {
-	c.reader.work <- struct{}{}
-	defer func() { <-c.reader.work }()
+// pwrite writes b, which lies at a guest offset, to host in a file of the target.
+func (c *copy_) pwrite(file int, b []byte, host, guest int64) error {
 	if err := c.ctx.Err(); err != nil {
 		return err
+	}
+	f := c.dst.Files[file]
+	if c.reserves[file] && len(b) >= worthReserving {
+		reserve(f, host, int64(len(b)))
 	}
 	if _, err := f.WriteAt(b, host); err != nil {
 		return fmt.Errorf("error while writing at byte %d: %w", guest, cause(err))

@@ -176,6 +176,8 @@ type fakeTarget struct {
 	unit, size int64
 	readsZero  bool
 	encodeOnly bool
+	ahead      bool // places are taken back, in any order
+	inPlace    bool
 	files      []*os.File
 	fresh      bool
 	old        []byte // what is read where nothing was stored, nil: zeros
@@ -187,6 +189,8 @@ type fakeTarget struct {
 	last     int64 // where the last request ended
 	finished bool
 	placed   int64
+	spare    []place // given back
+	back     int64   // bytes given back
 }
 
 type place struct {
@@ -227,7 +231,7 @@ func (f *fakeTarget) target() *Target {
 }
 
 func (f *fakeTarget) BeginWrite(context.Context, sdk.WriteRequest) (sdk.WriteInfo, error) {
-	return sdk.WriteInfo{Unit: f.unit, ReadsZero: f.readsZero, EncodeOnly: f.encodeOnly}, nil
+	return sdk.WriteInfo{Unit: f.unit, ReadsZero: f.readsZero, EncodeOnly: f.encodeOnly, Ahead: f.ahead, InPlace: f.inPlace}, nil
 }
 
 // each checks a run and calls do for its units.
@@ -250,12 +254,20 @@ func (f *fakeTarget) each(what string, r sdk.Run, do func(off, length int64)) {
 func (f *fakeTarget) Place(_ context.Context, runs []sdk.Run) ([]sdk.Placement, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.inPlace {
+		f.t.Errorf("asked to place %v", runs)
+	}
 	var out []sdk.Placement
 	for _, r := range runs {
 		f.each("placing", r, func(off, length int64) {
 			file := f.r.IntN(len(f.files))
 			host := f.next[file]
-			f.next[file] += f.unit
+			if n := len(f.spare); n > 0 {
+				file, host = f.spare[n-1].file, f.spare[n-1].host
+				f.spare = f.spare[:n-1]
+			} else {
+				f.next[file] += f.unit
+			}
 			f.units[off] = place{file: file, host: host}
 			f.placed += length
 			if n := len(out); n > 0 && out[n-1].File == file && out[n-1].Offset+out[n-1].Length == off && out[n-1].HostOffset+out[n-1].Length == host {
@@ -272,9 +284,34 @@ func (f *fakeTarget) Zero(_ context.Context, runs []sdk.Run) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, r := range runs {
+		if f.ahead && r.Offset < f.last {
+			f.takeBack(r)
+			continue
+		}
 		f.each("zeroing", r, func(off, length int64) { f.units[off] = place{zero: true} })
 	}
 	return nil
+}
+
+// takeBack frees places into which nothing may have been written.
+func (f *fakeTarget) takeBack(r sdk.Run) {
+	for off := r.Offset; off < r.Offset+r.Length; off += f.unit {
+		p, ok := f.units[off]
+		if !ok || p.zero {
+			f.t.Errorf("unit %d, which has no place, is given back", off)
+			continue
+		}
+		b := make([]byte, f.unit)
+		if _, err := f.files[p.file].ReadAt(b, p.host); err != nil && !errors.Is(err, io.EOF) {
+			f.t.Error(err)
+		}
+		if !isZero(b) {
+			f.t.Errorf("unit %d, in which something was written, is given back", off)
+		}
+		delete(f.units, off)
+		f.spare = append(f.spare, p)
+		f.back += f.unit
+	}
 }
 
 func (f *fakeTarget) Encode(_ context.Context, units []sdk.Unit) error {
@@ -300,6 +337,12 @@ func (f *fakeTarget) Finish(context.Context) error {
 func (f *fakeTarget) content() []byte {
 	out := make([]byte, f.size)
 	copy(out, f.old)
+	if f.inPlace {
+		clear(out)
+		if _, err := f.files[0].ReadAt(out, 0); err != nil && !errors.Is(err, io.EOF) {
+			f.t.Error(err)
+		}
+	}
 	for off, p := range f.units {
 		b := out[off:min(off+f.unit, f.size)]
 		clear(b)
@@ -333,12 +376,12 @@ func (f *fakeTarget) holds(content []byte) {
 // Whatever the units, the kinds of extents and the way of writing, the target
 // reads as the source.
 func TestCopyKeepsContent(t *testing.T) {
-	for seed := range uint64(64) {
+	for seed := range uint64(96) {
 		r := rand.New(rand.NewPCG(seed, 1))
 		unit := []int64{512, 4096, 65536, 1 << 20, 2 << 20, 3 << 19, 8 << 20, 65536}[r.IntN(8)]
 		size := 1 + r.Int64N(6<<20)
 		opts := Options{Sparse: []int64{0, 512, 4096, 4096, 65536, 16 << 20}[r.IntN(6)], Workers: 1 + r.IntN(4)}
-		mode := []string{"fresh", "fresh", "soiled", "backed", "is zero", "encoded", "encode only", "encoded, backed"}[r.IntN(8)]
+		mode := []string{"fresh", "fresh", "soiled", "backed", "is zero", "encoded", "encode only", "encoded, backed", "ahead", "ahead", "ahead", "in place"}[r.IntN(12)]
 		t.Run(fmt.Sprintf("%d: %s, unit %d, size %d, sparse %d", seed, mode, unit, size, opts.Sparse), func(t *testing.T) {
 			d := newDisk(t, r, size, []int64{0, 65536, 2 << 20}[r.IntN(3)])
 			f := newTarget(t, r, size+r.Int64N(3)*r.Int64N(5<<20), unit, 1+r.IntN(3))
@@ -366,6 +409,10 @@ func TestCopyKeepsContent(t *testing.T) {
 				opts.Compressed = true
 			case "encode only":
 				f.encodeOnly = true
+			case "ahead":
+				f.ahead = true
+			case "in place":
+				f.inPlace = true
 			}
 			opts.Offload = r.IntN(3) == 0
 			var mu sync.Mutex
@@ -447,6 +494,39 @@ func TestCopyStoresNoMoreThanNeeded(t *testing.T) {
 	f.holds(content)
 	if f.placed != 0 {
 		t.Errorf("over itself: placed %d", f.placed)
+	}
+}
+
+// What is placed before it is read and turns out to be zeros is given back, and
+// where there is much of that nothing is placed ahead any more.
+func TestCopyAhead(t *testing.T) {
+	r := rand.New(rand.NewPCG(5, 5))
+	const unit, size = 65536, 64 << 20
+	content := make([]byte, size)
+	for off := 0; off < size; off += 2 << 20 {
+		fill(r, content[off:off+1<<20])
+	}
+	for _, c := range []struct {
+		name  string
+		zeros int64 // that are given back, at least
+		most  int64
+		opts  Options
+	}{
+		{"much", wasteful, wasteful + 2*aheadSize + 64<<20/wastefulShare, Options{Sparse: DefaultSparse, NoClone: true}},
+		{"reproducible", 0, 0, Options{Sparse: DefaultSparse, NoClone: true, Reproducible: true}},
+	} {
+		f := newTarget(t, r, size, unit, 1)
+		f.ahead = true
+		if _, err := Copy(context.Background(), rawDisk(t, content).source(), f.target(), c.opts); err != nil {
+			t.Fatal(err)
+		}
+		f.holds(content)
+		if f.back < c.zeros || f.back > c.most {
+			t.Errorf("%s: %d bytes given back, want %d to %d", c.name, f.back, c.zeros, c.most)
+		}
+		if got := f.placed - f.back; got != size/2 {
+			t.Errorf("%s: %d bytes placed and kept, want %d", c.name, got, size/2)
+		}
 	}
 }
 

@@ -35,7 +35,18 @@ func newReader(workers int, salvage func(off, length int64, err error)) *reader 
 // read fills s.mem[:length] with the guest range that begins at off. pieces
 // are its extents; between them are zeros.
 func (r *reader) read(ctx context.Context, s *slot, off, length int64, pieces []Extent) error {
-	buf := s.mem[:length]
+	r.work <- struct{}{}
+	err := r.fill(ctx, s.mem[:length], off, pieces)
+	<-r.work
+	if err != nil {
+		return err
+	}
+	return r.decode(ctx, s, off, pieces)
+}
+
+// fill is read but for what must be decoded, for a caller who has one of the
+// places at work.
+func (r *reader) fill(ctx context.Context, buf []byte, off int64, pieces []Extent) error {
 	end := int64(0) // of what is filled
 	for i := range pieces {
 		clear(buf[end : pieces[i].Offset-off])
@@ -45,12 +56,9 @@ func (r *reader) read(ctx context.Context, s *slot, off, length int64, pieces []
 		}
 	}
 	clear(buf[end:])
-
-	r.work <- struct{}{}
 	for i := range pieces {
 		if p := &pieces[i]; p.Kind == Data {
 			if err := r.pread(p, buf[p.Offset-off:][:p.Length]); err != nil {
-				<-r.work
 				return err
 			}
 		}
@@ -58,11 +66,7 @@ func (r *reader) read(ctx context.Context, s *slot, off, length int64, pieces []
 			break
 		}
 	}
-	<-r.work
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	return r.decode(ctx, s, off, pieces)
+	return ctx.Err()
 }
 
 // cause is err without the name of the file, which the user did not ask for by

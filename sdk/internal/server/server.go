@@ -409,7 +409,7 @@ func (s *Server) BeginWrite(ctx context.Context, r *pb.BeginWriteRequest) (*pb.B
 	if err != nil {
 		return nil, wire.Status(err)
 	}
-	return &pb.BeginWriteResponse{Unit: info.Unit, EncodeOnly: info.EncodeOnly, ReadsZero: info.ReadsZero}, nil
+	return &pb.BeginWriteResponse{Unit: info.Unit, EncodeOnly: info.EncodeOnly, ReadsZero: info.ReadsZero, InPlace: info.InPlace, Ahead: info.Ahead}, nil
 }
 
 // PlaceRuns allocates host space.

@@ -3376,6 +3376,8 @@ type BeginWriteResponse struct {
 	Unit          int64                  `protobuf:"varint,1,opt,name=unit,proto3" json:"unit,omitempty"`
 	EncodeOnly    bool                   `protobuf:"varint,2,opt,name=encode_only,json=encodeOnly,proto3" json:"encode_only,omitempty"`
 	ReadsZero     bool                   `protobuf:"varint,3,opt,name=reads_zero,json=readsZero,proto3" json:"reads_zero,omitempty"`
+	InPlace       bool                   `protobuf:"varint,4,opt,name=in_place,json=inPlace,proto3" json:"in_place,omitempty"`
+	Ahead         bool                   `protobuf:"varint,5,opt,name=ahead,proto3" json:"ahead,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3427,6 +3429,20 @@ func (x *BeginWriteResponse) GetEncodeOnly() bool {
 func (x *BeginWriteResponse) GetReadsZero() bool {
 	if x != nil {
 		return x.ReadsZero
+	}
+	return false
+}
+
+func (x *BeginWriteResponse) GetInPlace() bool {
+	if x != nil {
+		return x.InPlace
+	}
+	return false
+}
+
+func (x *BeginWriteResponse) GetAhead() bool {
+	if x != nil {
+		return x.Ahead
 	}
 	return false
 }
@@ -4233,13 +4249,15 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\n" +
 	"compressed\x18\x02 \x01(\bR\n" +
 	"compressed\x12\"\n" +
-	"\freproducible\x18\x03 \x01(\bR\freproducible\"h\n" +
+	"\freproducible\x18\x03 \x01(\bR\freproducible\"\x99\x01\n" +
 	"\x12BeginWriteResponse\x12\x12\n" +
 	"\x04unit\x18\x01 \x01(\x03R\x04unit\x12\x1f\n" +
 	"\vencode_only\x18\x02 \x01(\bR\n" +
 	"encodeOnly\x12\x1d\n" +
 	"\n" +
-	"reads_zero\x18\x03 \x01(\bR\treadsZero\"5\n" +
+	"reads_zero\x18\x03 \x01(\bR\treadsZero\x12\x19\n" +
+	"\bin_place\x18\x04 \x01(\bR\ainPlace\x12\x14\n" +
+	"\x05ahead\x18\x05 \x01(\bR\x05ahead\"5\n" +
 	"\x03Run\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x16\n" +
 	"\x06length\x18\x02 \x01(\x03R\x06length\"p\n" +
