@@ -446,7 +446,13 @@ func (a *app) copyInto(ctx context.Context, f *convertFlags, source *copier.Sour
 	if f.bitmaps {
 		opts.BeforeFinish = func(ctx context.Context) error { return f.copied.writeTo(ctx, t) }
 	}
-	stats, err := copier.Copy(ctx, source, &copier.Target{Writer: t.Writer, Files: files, Size: t.Info.VirtualSize, Fresh: t.Fresh}, opts)
+	dst := &copier.Target{Writer: t.Writer, Files: files, Size: t.Info.VirtualSize, Fresh: t.Fresh}
+	if t.Chain != nil {
+		dst.Old = copier.FromChain(t.Chain)
+	} else {
+		dst.Size = min(dst.Size, t.Created.VirtualSize) // a device is longer
+	}
+	stats, err := copier.Copy(ctx, source, dst, opts)
 	if err != nil {
 		return err
 	}

@@ -25,6 +25,9 @@ type Target struct {
 	Size  int64
 	// Fresh: what is not written of the files reads as zeros.
 	Fresh bool
+	// Old, where not nil, is what the disk holds. It is kept behind the source's
+	// end, where there are zeros otherwise.
+	Old *Source
 }
 
 // Options say how to copy.
@@ -98,6 +101,7 @@ type step struct {
 	whole  bool          // all of it must be written
 	ahead  bool          // placed before it is read, and then read and written in one go
 	data   []sdk.Run     // what must be written
+	zeros  []sdk.Run     // units that are zeros where the base has something else
 	places []sdk.Placement
 	probe  chan struct{} // closed when done, where somebody waits for that
 }
@@ -115,6 +119,7 @@ type copy_ struct {
 	dst     *Target
 	opts    Options
 	info    sdk.WriteInfo
+	end     int64 // guest offset up to which the target is written
 	encode  bool
 	window  client.WindowEncoder // where the encoder shares a window
 	explode bool                 // zeros must be made: the target does not read so
@@ -164,6 +169,9 @@ func Copy(ctx context.Context, src *Source, dst *Target, opts Options) (Stats, e
 	if info.InPlace && len(dst.Files) == 0 {
 		return Stats{}, fmt.Errorf("the target writes in place, into no file: %w", sdk.ErrInvalid)
 	}
+	if err := c.keepTail(ctx); err != nil {
+		return Stats{}, err
+	}
 	c.ahead.on.Store(!c.encode && !c.explode && (info.InPlace || info.Ahead && dst.Fresh && !opts.Reproducible))
 	c.reader = newReader(opts.Workers, opts.Salvage)
 	c.limit.rate = opts.Rate
@@ -205,8 +213,42 @@ func Copy(ctx context.Context, src *Source, dst *Target, opts Options) (Stats, e
 	if err := dst.Writer.Finish(ctx); err != nil {
 		return c.stats(), err
 	}
-	c.progress(dst.Size - c.done.Load())
+	c.progress(c.end - c.done.Load())
 	return c.stats(), nil
+}
+
+// keepTail decides where writing ends. Where old content is kept, what the last
+// unit holds of it becomes a part of the source.
+func (c *copy_) keepTail(ctx context.Context) error {
+	c.end = c.dst.Size
+	if c.dst.Old == nil {
+		return nil
+	}
+	c.end = roundUp(c.src.Size, c.info.Unit, c.dst.Size)
+	length := c.end - c.src.Size
+	if length == 0 {
+		return nil
+	}
+	var tail []Extent // mapped before anything changes
+	most := int(c.info.Unit/sector) + 1
+	err := c.dst.Old.Map(ctx, c.src.Size, length, func(batch []Extent) bool {
+		tail = append(tail, batch...)
+		return len(tail) <= most
+	})
+	if err == nil && len(tail) > most {
+		err = fmt.Errorf("more than %d extents in the target's unit at guest offset %#x: %w", most, c.src.Size, sdk.ErrCorrupt)
+	}
+	if err != nil {
+		return err
+	}
+	for i := range tail {
+		tail[i].Offset -= c.src.Size
+	}
+	c.src = Concat(c.src, &Source{Size: length, Unit: c.src.Unit, Map: func(_ context.Context, off, length int64, yield func([]Extent) bool) error {
+		yield(tail) // all of it: Concat asks for no less
+		return nil
+	}})
+	return nil
 }
 
 func (c *copy_) stats() Stats {
@@ -218,7 +260,7 @@ func (c *copy_) fail(err error) { c.cancel(err) }
 
 func (c *copy_) progress(n int64) {
 	if done := c.done.Add(n); c.opts.Progress != nil && n > 0 {
-		c.opts.Progress(done, c.dst.Size)
+		c.opts.Progress(done, c.end)
 	}
 }
 
@@ -359,7 +401,7 @@ func (p *planner) add(e Extent) error {
 			if err := p.flush(); err != nil {
 				return err
 			}
-			p.cur = &step{off: off, length: min(p.cell, p.dst.Size-off)}
+			p.cur = &step{off: off, length: min(p.cell, p.copy_.end-off)}
 		}
 		n := min(e.Length, off+p.cell-e.Offset)
 		part := e
@@ -460,7 +502,7 @@ func (p *planner) flushGroup() error {
 	if err := p.gap(p.groupOff); err != nil {
 		return err
 	}
-	end := p.dst.Size
+	end := p.copy_.end
 	if end-p.groupOff > p.info.Unit {
 		end = p.groupOff + p.info.Unit
 	}
@@ -607,7 +649,7 @@ func (p *planner) end() error {
 	if err := p.flushGroup(); err != nil {
 		return err
 	}
-	if err := p.gap(p.dst.Size); err != nil {
+	if err := p.gap(p.copy_.end); err != nil {
 		return err
 	}
 	return p.flushRun()
@@ -678,9 +720,13 @@ func (c *copy_) examine(s *step, base *slot) error {
 		if err := c.reader.read(c.ctx, base, s.off, s.length, s.base); err != nil {
 			return err
 		}
-		s.data = differing(buf, base.mem[:s.length], s.off, c.info.Unit)
+		s.data, s.zeros = differing(buf, base.mem[:s.length], s.off, c.info.Unit)
 	default:
-		s.data = nonzero(s.data, buf, s.off, min(c.opts.Sparse, c.cell))
+		// What the map calls zeros is none of Sparse's business.
+		s.data = s.data[:0]
+		for _, r := range c.occupied(s) {
+			s.data = nonzero(s.data, buf[r.Offset-s.off:][:r.Length], r.Offset, min(c.opts.Sparse, c.cell))
+		}
 	}
 	return nil
 }
@@ -838,9 +884,7 @@ func (c *copy_) placeBatch(batch []*step) error {
 		for _, u := range units {
 			want = join(want, u.Offset, u.Length)
 		}
-		if c.explode {
-			zero = append(zero, c.without(s, units)...)
-		}
+		zero = append(zero, c.without(s, units)...)
 		if !c.dst.Fresh && !s.ahead {
 			s.data = within(units, s.off, s.length)
 		}
@@ -882,11 +926,11 @@ func (c *copy_) occupied(s *step) []sdk.Run {
 	return out
 }
 
-// without returns the whole units of a step that are not in units: they are
-// zeros, or what the base has.
+// without returns the whole units of a step that must be made zeros, beside
+// those that are written.
 func (c *copy_) without(s *step, units []sdk.Run) []sdk.Run {
-	if c.opts.Base != nil || c.opts.Sparse == 0 || c.big {
-		return nil
+	if c.opts.Base != nil || !c.explode || c.opts.Sparse == 0 || c.big {
+		return s.zeros
 	}
 	var out []sdk.Run
 	pos := s.off
@@ -1115,9 +1159,7 @@ func (c *copy_) encodeBatch(batch []*step) error {
 	}
 	for _, s := range batch {
 		runs := c.units(s.data)
-		if c.explode {
-			zero = c.without(s, runs)
-		}
+		zero = c.without(s, runs)
 		for _, r := range runs {
 			for len(zero) > 0 && zero[0].Offset < r.Offset {
 				if err := flush(); err != nil {
@@ -1151,15 +1193,19 @@ func (c *copy_) encodeBatch(batch []*step) error {
 	return flush()
 }
 
-// differing returns the units of b that are not equal to those of base.
-func differing(b, base []byte, off, unit int64) []sdk.Run {
-	var out []sdk.Run
+// differing returns the units of b that are not equal to those of base: those
+// that hold something, and those of zeros.
+func differing(b, base []byte, off, unit int64) (data, zeros []sdk.Run) {
 	for pos := int64(0); pos < int64(len(b)); {
 		n := min(unit-(off+pos)%unit, int64(len(b))-pos)
-		if !bytes.Equal(b[pos:pos+n], base[pos:pos+n]) {
-			out = join(out, off+pos, n)
+		switch part := b[pos : pos+n]; {
+		case bytes.Equal(part, base[pos:pos+n]):
+		case isZero(part):
+			zeros = join(zeros, off+pos, n)
+		default:
+			data = join(data, off+pos, n)
 		}
 		pos += n
 	}
-	return out
+	return data, zeros
 }

@@ -479,8 +479,25 @@ func TestCopyStoresNoMoreThanNeeded(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.holds(changed)
-	if f.placed != 2*unit {
-		t.Errorf("over a base: placed %d", f.placed)
+	if f.placed != unit || !f.units[4<<20].zero {
+		t.Errorf("over a base: placed %d, unit that became zeros %+v", f.placed, f.units[4<<20])
+	}
+
+	// Holes of the source stay holes, whatever the least run of zeros.
+	f = newTarget(t, r, size, 4096, 1)
+	holes := rawDisk(t, content)
+	first := holes.extents[0]
+	first.Length = 1<<20 + 4096
+	last := holes.extents[0].from(4<<20 - 4096)
+	last.Length = 8192
+	holes.extents = []Extent{first, {Offset: first.Length, Length: last.Offset - first.Length}, last,
+		{Offset: 4<<20 + 4096, Length: size - 4<<20 - 4096}}
+	if _, err := Copy(context.Background(), holes.source(), f.target(), Options{Sparse: 64 << 20, NoClone: true}); err != nil {
+		t.Fatal(err)
+	}
+	f.holds(content)
+	if want := int64(4096 + 8192); f.placed != want {
+		t.Errorf("large runs of zeros: placed %d, want %d", f.placed, want)
 	}
 
 	// What is the same storage is not even read.
@@ -494,6 +511,30 @@ func TestCopyStoresNoMoreThanNeeded(t *testing.T) {
 	f.holds(content)
 	if f.placed != 0 {
 		t.Errorf("over itself: placed %d", f.placed)
+	}
+}
+
+// Behind the source's end old content stays, in its last unit too.
+func TestCopyKeepsTail(t *testing.T) {
+	r := rand.New(rand.NewPCG(7, 7))
+	for _, unit := range []int64{512, 65536, 8 << 20} {
+		old := make([]byte, 20<<20)
+		fill(r, old)
+		content := make([]byte, 3<<20+512)
+		fill(r, content[:1<<20])
+		f := newTarget(t, r, int64(len(old)), unit, 1)
+		f.readsZero, f.fresh, f.old = false, false, old
+		dst := f.target()
+		dst.Old = rawDisk(t, old).source()
+		var total int64
+		progress := func(_, n int64) { total = n }
+		if _, err := Copy(context.Background(), rawDisk(t, content).source(), dst, Options{Sparse: DefaultSparse, Workers: 1, Progress: progress}); err != nil {
+			t.Fatal(err)
+		}
+		f.holds(append(content, old[len(content):]...))
+		if want := (int64(len(content)) + unit - 1) / unit * unit; total != want {
+			t.Errorf("units of %d: %d bytes in all, want %d", unit, total, want)
+		}
 	}
 }
 

@@ -13,6 +13,9 @@ import (
 type Target struct {
 	*Layer
 	Writer sdk.Writer
+	// Chain is the image with its backing files as it was, nil for one that was
+	// made.
+	Chain *Chain
 	// Fresh: what is not written of the files reads as zeros.
 	Fresh bool
 	// Sync has Commit wait until the image is on stable storage.
@@ -99,12 +102,12 @@ func (l *Layer) reopen(ctx context.Context, format sdk.Format, files []sdk.Named
 
 // OpenTarget opens an existing image to be written in place (-n).
 func (o *Opener) OpenTarget(ctx context.Context, path string, open Options) (*Target, error) {
-	open.ReadWrite = true
+	open.ReadWrite, open.Backing = true, true
 	chain, err := o.Open(ctx, path, open)
 	if err != nil {
 		return nil, err
 	}
-	t := &Target{Layer: chain.Top()}
+	t := &Target{Layer: chain.Top(), Chain: chain}
 	if err := t.findWriter(); err != nil {
 		chain.Close()
 		return nil, err
@@ -146,5 +149,5 @@ func (t *Target) Close() {
 		t.set.Abort()
 		return
 	}
-	t.Layer.Close()
+	t.Chain.Close()
 }
