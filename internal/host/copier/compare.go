@@ -51,7 +51,7 @@ const (
 	compareSize = 1 << 20
 	// compareStep is how much of it is looked at in one go: two such buffers
 	// stay in a core's cache.
-	compareStep = 256 << 10
+	compareStep = 1 << 20
 	// comparePieces bounds the extents of one step.
 	comparePieces = 4096
 )
