@@ -25,8 +25,12 @@ type decoders struct {
 // clusterBuffers serve one decompression at a time.
 type clusterBuffers struct {
 	in  []byte // compressed bytes
-	out []byte // one cluster
+	out []byte // one cluster, with room for zstdSlack behind it
 }
+
+// zstdSlack is how far behind the end of what it decodes the zstd decoder likes
+// to write: it copies a third faster then than to the byte.
+const zstdSlack = 32
 
 // Decode inflates the cluster that e lies in. It stops at the cluster's size
 // whatever the compressed data say.
@@ -60,10 +64,10 @@ func (im *image) Decode(ctx context.Context, e sdk.Extent, dst []byte) error {
 	if err != nil && (!errors.Is(err, io.EOF) || n == 0) {
 		return fmt.Errorf("guest offset %#x: compressed cluster at %#x: %w", e.Offset, e.HostOffset, err)
 	}
-	out := dst
-	if e.Length < im.g.clusterSize {
+	out, whole := dst, e.Length == im.g.clusterSize && im.h.compression != compressionZstd
+	if !whole {
 		if d.out == nil {
-			d.out = make([]byte, im.g.clusterSize)
+			d.out = make([]byte, im.g.clusterSize, im.g.clusterSize+zstdSlack)
 		}
 		out = d.out
 	}
@@ -75,13 +79,14 @@ func (im *image) Decode(ctx context.Context, e sdk.Extent, dst []byte) error {
 	if err != nil {
 		return fmt.Errorf("guest offset %#x: compressed cluster at %#x: %w: %w", e.Offset, e.HostOffset, err, sdk.ErrCorrupt)
 	}
-	if e.Length < im.g.clusterSize {
+	if !whole {
 		copy(dst, out[into:])
 	}
 	return nil
 }
 
-// unzstd fills out from zstd frames. What follows the last one in its sector
+// unzstd fills out from zstd frames, and may write into what out has room for
+// behind that. What follows the last one in its sector
 // belongs to another cluster.
 func (im *image) unzstd(out, in []byte) error {
 	d := &im.decoders
@@ -100,7 +105,7 @@ func (im *image) unzstd(out, in []byte) error {
 		if err != nil {
 			return err
 		}
-		b, err := d.zstd.DecodeAll(in[:n], out[filled:filled:len(out)])
+		b, err := d.zstd.DecodeAll(in[:n], out[filled:filled])
 		if err != nil {
 			return err
 		}
