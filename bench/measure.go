@@ -188,6 +188,9 @@ func measureCase(f flags, c benchCase, dir string) result {
 				return err
 			}
 		}
+		if len(c.made) > 0 {
+			unix.Sync() // what the run before has left to be written and freed is not for this one to pay
+		}
 		return f(dir, c.commands(programs[i], i == 0))
 	}
 
