@@ -14,6 +14,8 @@ package sdk
 import (
 	"context"
 	"io"
+	"strings"
+	"unicode"
 
 	"github.com/instar-img/instar/sdk/option"
 )
@@ -72,6 +74,25 @@ type Probe struct {
 	Score int `json:"score"`
 	// FoldCase compares ASCII letters in Bytes without regard to case.
 	FoldCase bool `json:"fold-case,omitempty"`
+	// AfterComments counts Offset from behind the comments that a text begins
+	// with: lines whose first byte is '#', and lines of spaces alone. Bytes must
+	// end within the first CommentReach bytes of the file.
+	AfterComments bool `json:"after-comments,omitempty"`
+}
+
+// CommentReach is how far a Probe with AfterComments looks, in bytes.
+const CommentReach = 512
+
+// Rule is something that Inspect finds broken.
+type Rule struct {
+	Name    string `json:"name"`    // lower case with dashes, as in "unknown-features"
+	Meaning string `json:"meaning"` // what breaks it, on one line
+}
+
+// Valid reports whether a rule can have this name and this meaning.
+func (r Rule) Valid() bool {
+	return r.Name != "" && len(r.Name) <= 64 && strings.Trim(r.Name, "abcdefghijklmnopqrstuvwxyz-") == "" &&
+		r.Meaning != "" && len(r.Meaning) <= 256 && !strings.ContainsFunc(r.Meaning, unicode.IsControl)
 }
 
 // Manifest is what the core knows of a plugin without starting it.
@@ -83,6 +104,8 @@ type Manifest struct {
 	Protocols    []int    `json:"protocols"`          // majors spoken
 	Capabilities []string `json:"capabilities"`
 	Probes       []Probe  `json:"probes,omitempty"`
+	// Rules are those that Inspect knows, beside the core's.
+	Rules []Rule `json:"rules,omitempty"`
 	// BackingFormats are the formats a backing file may have; empty means any.
 	BackingFormats []string `json:"backing-formats,omitempty"`
 	// RuntimeRoots are directories a plugin that is not one static binary must
@@ -412,12 +435,12 @@ type Inspector interface {
 type Inspection struct {
 	// Features in use, by their names in the format's specification.
 	Features []string
-	// Findings each break a rule. A rule's name is lower case with dashes
-	// ("unknown-features"); what it means stands in the format's documentation.
+	// Findings each break a rule.
 	Findings []Finding
 }
 
-// Finding is one reason not to accept an image.
+// Finding is one reason not to accept an image. Rule is the name of one of the
+// manifest's rules.
 type Finding struct{ Rule, Text string }
 
 // BitmapReader is implemented by images whose bitmaps can be read.

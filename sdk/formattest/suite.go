@@ -137,6 +137,13 @@ func (s *suite) describe(t *testing.T) {
 			t.Errorf("probe %+v", p)
 		}
 	}
+	rules := map[string]bool{}
+	for _, r := range m.Rules {
+		if !r.Valid() || rules[r.Name] {
+			t.Errorf("rule %+v is not valid, or appears twice", r)
+		}
+		rules[r.Name] = true
+	}
 	seen := map[string]bool{}
 	for _, k := range d.Create {
 		if seen[k.Name] {

@@ -290,6 +290,11 @@ func parseManifest(b []byte) (sdk.Manifest, error) {
 			return m, fmt.Errorf("manifest: probe %q: %w", p.Bytes, err)
 		}
 	}
+	for _, r := range m.Rules {
+		if !r.Valid() {
+			return m, fmt.Errorf("manifest: rule %.100q: a name of a-z and dashes and a meaning of one line are accepted", r.Name)
+		}
+	}
 	return m, nil
 }
 

@@ -1,6 +1,7 @@
 package discover
 
 import (
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -148,6 +149,12 @@ func TestRefusals(t *testing.T) {
 		{"directory writable by a group", func(dir, _ string) { os.Chmod(dir, 0o775) }, "writable by others"},
 		{"program writable by a group", func(_, p string) { os.Chmod(p, 0o775) }, "writable by others"},
 		{"manifest writable by all", func(_, p string) { os.Chmod(p+".json", 0o666) }, "writable by others"},
+		{"manifest with a rule of no name", func(_, p string) {
+			os.WriteFile(p+".json", []byte(`{"name":"x","rules":[{"name":"X","meaning":"y"}]}`), 0o644)
+		}, `rule "X"`},
+		{"manifest with a rule that steers terminals", func(_, p string) {
+			os.WriteFile(p+".json", []byte(`{"name":"x","rules":[{"name":"x","meaning":"y\u001b[2J"}]}`), 0o644)
+		}, `rule "x"`},
 		{"manifest is no JSON", func(_, p string) { os.WriteFile(p+".json", []byte("{"), 0o644) }, "manifest: "},
 		{"manifest without name", func(_, p string) { os.WriteFile(p+".json", []byte("{}"), 0o644) }, "no name"},
 		{"manifest is huge", func(_, p string) { os.Truncate(p+".json", maxManifest+1) }, "larger than"},
@@ -224,12 +231,13 @@ func TestMatch(t *testing.T) {
 		"later":    {{Offset: 4, Bytes: "aabb", Score: 60}, {Offset: 4, Bytes: "aa", Score: 50}},
 		"end":      {{Offset: -8, Bytes: "636f6e65", Score: 90}},
 		"folded":   {{Offset: 0, Bytes: "23206469736b", Score: 80, FoldCase: true}},
+		"text":     {{Bytes: hex.EncodeToString([]byte("v=1\n")), Score: 70, AfterComments: true}},
 		"fallback": {{Score: 1}},
 	})
 	if got := s.Fallback().Manifest.Name; got != "fallback" {
 		t.Errorf("fallback: %s", got)
 	}
-	if head, tail := s.ProbeReach(); head != 6 || tail != 8 {
+	if head, tail := s.ProbeReach(); head != sdk.CommentReach || tail != 8 {
 		t.Errorf("reach: %d, %d", head, tail)
 	}
 	for _, c := range []struct {
@@ -246,6 +254,17 @@ func TestMatch(t *testing.T) {
 		{"# DISK", "", 6, "folded 80, fallback 1"},
 		{"# dIsK", "", 6, "folded 80, fallback 1"},
 		{"\x03 disk", "", 6, "fallback 1"}, // '#' is no letter
+		{"v=1\n", "", 4, "text 70, fallback 1"},
+		{"#\nv=1\n", "", 6, "text 70, fallback 1"},
+		{"# one\r\n#two\n  \n \r\nv=1\nv=2\n", "", 30, "text 70, fallback 1"},
+		{"#v=1\n", "", 5, "fallback 1"},
+		{" v=1\n", "", 5, "fallback 1"},
+		{"\nv=1\n", "", 5, "fallback 1"}, // as for qemu-img, which skips spaces and comments
+		{" \r \nv=1\n", "", 8, "fallback 1"},
+		{"#", "", 1, "fallback 1"},
+		{" ", "", 1, "fallback 1"},
+		{"#" + strings.Repeat("x", sdk.CommentReach-6) + "\nv=1\n", "", 1 << 20, "text 70, fallback 1"},
+		{"#" + strings.Repeat("x", sdk.CommentReach-5) + "\nv=1\n", "", 1 << 20, "fallback 1"},
 		{"", "Conectix", 8, "fallback 1"},
 		{"", "cone....", 8, "end 90, fallback 1"},
 		{"", "......cone....", 1 << 40, "end 90, fallback 1"},
@@ -266,10 +285,11 @@ func TestMatch(t *testing.T) {
 
 // Probes come from files: none may crash or allocate without bounds.
 func FuzzMatch(f *testing.F) {
-	f.Add(int64(-8), "636f6e65", 90, true, []byte("cone...."), int64(8))
-	f.Add(int64(-1<<63), "00", 1, false, []byte{0}, int64(1))
-	f.Fuzz(func(t *testing.T, offset int64, hex string, score int, fold bool, content []byte, size int64) {
-		s := set(map[string][]sdk.Probe{"x": {{Offset: offset, Bytes: hex, Score: score, FoldCase: fold}}})
+	f.Add(int64(-8), "636f6e65", 90, true, false, []byte("cone...."), int64(8))
+	f.Add(int64(-1<<63), "00", 1, false, false, []byte{0}, int64(1))
+	f.Add(int64(0), "763d", 1, false, true, []byte("#\n  \nv="), int64(8))
+	f.Fuzz(func(t *testing.T, offset int64, want string, score int, fold, after bool, content []byte, size int64) {
+		s := set(map[string][]sdk.Probe{"x": {{Offset: offset, Bytes: want, Score: score, FoldCase: fold, AfterComments: after}}})
 		head, tail := s.ProbeReach()
 		if head < 0 || tail < 0 || head > 2<<20 || tail > 1<<20 {
 			t.Fatalf("reach %d, %d", head, tail)

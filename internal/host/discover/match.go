@@ -1,6 +1,7 @@
 package discover
 
 import (
+	"bytes"
 	"encoding/hex"
 	"sort"
 
@@ -63,6 +64,8 @@ func (s *Set) ProbeReach() (head, tail int64) {
 		for _, probe := range p.Manifest.Probes {
 			n := int64(len(probe.Bytes) / 2)
 			switch {
+			case probe.AfterComments:
+				head = max(head, sdk.CommentReach)
 			case probe.Offset < 0 && probe.Offset >= -most:
 				tail = max(tail, -probe.Offset)
 			case probe.Offset >= 0 && probe.Offset <= most && n <= most:
@@ -82,7 +85,10 @@ func fits(probe *sdk.Probe, head, tail []byte, size int64) bool {
 		return true
 	}
 	from, at := head, probe.Offset
-	if probe.Offset < 0 {
+	switch {
+	case probe.AfterComments:
+		from = afterComments(head[:min(len(head), sdk.CommentReach)])
+	case probe.Offset < 0:
 		if probe.Offset < -size { // also -size > Offset: the file is too short
 			return false
 		}
@@ -102,6 +108,25 @@ func fits(probe *sdk.Probe, head, tail []byte, size int64) bool {
 		}
 	}
 	return true
+}
+
+// afterComments returns what follows the comments that a text begins with (see
+// sdk.Probe); nothing where it has no end of its line.
+func afterComments(b []byte) []byte {
+	for len(b) > 0 {
+		end := bytes.IndexByte(b, '\n')
+		switch {
+		case b[0] == '#':
+		case b[0] == ' ' && end >= 0 && len(bytes.Trim(bytes.TrimSuffix(b[:end], []byte("\r")), " ")) == 0:
+		default:
+			return b
+		}
+		if end < 0 {
+			return nil
+		}
+		b = b[end+1:]
+	}
+	return nil
 }
 
 func lower(b byte) byte {
