@@ -22,6 +22,7 @@ func description() sdk.Description {
 			Capabilities: []string{sdk.CapOpen, sdk.CapCreate, sdk.CapWrite},
 			// Any file is a raw image when it is nothing else.
 			Probes: []sdk.Probe{{Score: 1}},
+			Rules:  rules(),
 		},
 		Create: option.Schema{
 			{Name: keySize, Type: option.Size, Help: "Virtual disk size"},

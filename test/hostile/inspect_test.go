@@ -25,9 +25,16 @@ func mbr(parts ...[4]uint32) []byte {
 	return b
 }
 
+// protected is a disk of 1 MiB with a protective MBR, as UEFI wants it.
+func protected() []byte {
+	b := mbr([4]uint32{0, 0xee, 1, 2047})
+	copy(b[447:], []byte{0, 2, 0})
+	return b
+}
+
 // gpt is a disk of 1 MiB with a GPT, bent before its sum is made.
 func gpt(bend func(disk, header []byte)) []byte {
-	b := mbr([4]uint32{0, 0xee, 1, 2047})
+	b := protected()
 	h := b[512:]
 	copy(h, "EFI PART\x00\x00\x01\x00")
 	le := binary.LittleEndian
@@ -63,8 +70,8 @@ func TestInspect(t *testing.T) {
 		{"mbr past 2^32", mbr([4]uint32{0, 0x83, 1<<32 - 1, 1<<32 - 1}), "partition-outside"},
 		{"gpt", gpt(none), ""},
 		{"gpt hybrid", gpt(func(d, _ []byte) { copy(d[462:], []byte{0, 0, 0, 0, 0x83, 0, 0, 0, 63, 0, 0, 0, 1, 0, 0, 0}) }), "partition-protective"},
-		{"gpt gone", mbr([4]uint32{0, 0xee, 1, 2047}), "partition-gpt"},
-		{"gpt without protection", gpt(func(d, _ []byte) { clear(d[446:510]) }), "partition-protective"},
+		{"gpt gone", protected(), "partition-gpt"},
+		{"gpt without protection", gpt(func(d, _ []byte) { clear(d[446:510]) }), "partition-none partition-protective"},
 		{"gpt outside", gpt(func(_, h []byte) { binary.LittleEndian.PutUint64(h[72:], 1<<63) }), "partition-gpt"},
 		{"gpt entries", gpt(func(_, h []byte) { binary.LittleEndian.PutUint32(h[80:], 1<<31) }), "partition-gpt"},
 		{"qcow2", newQcow().bytes(), ""},
