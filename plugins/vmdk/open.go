@@ -251,25 +251,31 @@ func readSparseHeader(f sdk.File, size int64) (sparseHeader, error) {
 	if h.gdOffset != gdAtEnd || h.capacity == 0 {
 		return h, nil
 	}
-	// Footer marker, footer, end of stream.
+	f2, err := readFooter(f, size)
+	// The descriptor stands where the header says.
+	f2.descriptorOffset, f2.descriptorSize = h.descriptorOffset, h.descriptorSize
+	return f2, err
+}
+
+// readFooter reads the footer of a streamed extent: footer marker, footer, end
+// of stream.
+func readFooter(f sdk.File, size int64) (sparseHeader, error) {
+	var h sparseHeader
 	end, ok := ondisk.AlignUp(size, sectorSize)
 	if !ok || end < 4*sectorSize {
 		return h, corrupt("Invalid footer")
 	}
-	b = make([]byte, 3*sectorSize)
+	b := make([]byte, 3*sectorSize)
 	if n, err := f.ReadAt(b, end-int64(len(b))); err != nil && (!errors.Is(err, io.EOF) || n < 2*sectorSize) {
 		return h, fmt.Errorf("footer: %w", err)
 	}
 	var foot, eos marker
-	var f2 sparseHeader
 	if foot.decode(b) != nil || foot.validate(markerFooter) != nil ||
-		f2.decode(b[sectorSize:]) != nil || f2.gdOffset == gdAtEnd ||
+		h.decode(b[sectorSize:]) != nil || h.gdOffset == gdAtEnd ||
 		eos.decode(b[2*sectorSize:]) != nil || eos.validate(markerEndOfStream) != nil || eos.value != 0 {
 		return h, corrupt("Invalid footer")
 	}
-	// The descriptor stands where the header says.
-	f2.descriptorOffset, f2.descriptorSize = h.descriptorOffset, h.descriptorSize
-	return f2, nil
+	return h, nil
 }
 
 // setSparse makes e the hosted sparse extent of header h in file f.
