@@ -11,7 +11,16 @@ import (
 const (
 	ruleUnknownFeatures   = "unknown-features"
 	ruleUnknownExtensions = "unknown-extensions"
+	ruleBackingOffset     = "backing-offset"
 )
+
+func rules() []sdk.Rule {
+	return []sdk.Rule{
+		{Name: ruleUnknownFeatures, Meaning: "compatible or autoclear feature bits, or header fields, that nobody knows"},
+		{Name: ruleUnknownExtensions, Meaning: "header extensions that nobody knows"},
+		{Name: ruleBackingOffset, Meaning: "a place for a backing file's name, and no name"},
+	}
+}
 
 var _ sdk.Inspector = (*image)(nil)
 
@@ -39,6 +48,9 @@ func (im *image) Inspect(context.Context) (*sdk.Inspection, error) {
 	}
 	find := func(rule, format string, args ...any) {
 		in.Findings = append(in.Findings, sdk.Finding{Rule: rule, Text: fmt.Sprintf(format, args...)})
+	}
+	if im.h.backingOffset != 0 && im.h.backingSize == 0 {
+		find(ruleBackingOffset, "the name of a backing file, of no length, at %#x", im.h.backingOffset)
 	}
 	if x := im.h.compatible &^ compatLazyRefcounts; x != 0 {
 		find(ruleUnknownFeatures, "unknown compatible features %#x", x)

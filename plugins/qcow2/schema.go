@@ -72,6 +72,7 @@ func (format) Describe() sdk.Description {
 				// Versions to come are ours to refuse by name.
 				{Offset: 0, Bytes: "514649fb", Score: 50},
 			},
+			Rules: rules(),
 		},
 		Create: schema(),
 	}

@@ -13,6 +13,13 @@ const (
 	ruleSavedState = "saved-state"
 )
 
+func rules() []sdk.Rule {
+	return []sdk.Rule{
+		{Name: ruleFooter, Meaning: "the two footers differ, or one is missing or damaged"},
+		{Name: ruleSavedState, Meaning: "the machine was suspended when the disk was taken"},
+	}
+}
+
 var _ sdk.Inspector = (*image)(nil)
 
 // Inspect implements sdk.Inspector.

@@ -45,6 +45,7 @@ func description() sdk.Description {
 				{Offset: -footerSize, Bytes: hexCookie},
 				{Offset: -shortFooterSize, Bytes: hexCookie},
 			},
+			Rules:          rules(),
 			BackingFormats: []string{name},
 		},
 		Create: option.Schema{
