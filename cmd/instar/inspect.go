@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
+	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
@@ -24,36 +26,55 @@ type inspectFlags struct {
 
 func (a *app) inspectCommand() *cobra.Command {
 	var f inspectFlags
-	var rules strings.Builder
-	for _, r := range inspect.Rules {
-		fmt.Fprintf(&rules, "  %-13s %s\n", r.Name, r.Meaning)
-	}
 	cmd := &cobra.Command{
 		Use:   "inspect [-f FMT] [--allow RULE]... [--output human|json] FILENAME",
 		Short: "Judge whether an image from a stranger is safe to use",
 		Long: `Judge whether an image from a stranger is safe to use. Nothing that it refers
 to is opened. Exit code 0: no rule is broken; 1: one is, or the command failed.
-
-Rules (formats add their own, see their documentation):
-` + rules.String(),
+-f says which format the image must have, and of several that its content fits
+the one as which it is judged.`,
 		RunE: func(cmd *cobra.Command, args []string) error { return a.inspect(cmd.Context(), &f, args) },
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	flags.StringVarP(&f.format, "format", "f", "", "format that the image must have")
-	flags.StringArrayVar(&f.allow, "allow", nil, "rule that may be broken")
+	flags.StringArrayVar(&f.allow, "allow", nil, "rule that may be broken (help lists them)")
 	flags.StringVar(&f.output, "output", "human", "form of the result: human or json")
 	a.completeFormats(cmd, "format")
+	must(cmd.RegisterFlagCompletionFunc("allow", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		var names []string
+		for _, r := range a.rules() {
+			names = append(names, r.Name+"\t"+r.Meaning)
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	}))
+	// The formats' rules are known only when their manifests have been read.
+	help := cmd.HelpFunc()
+	cmd.SetHelpFunc(func(cmd *cobra.Command, args []string) {
+		cmd.Long += "\n\nRules, and the formats that they are of:\n" + strings.TrimSuffix(rulesText(a.rules()), "\n")
+		help(cmd, args)
+	})
 	return cmd
 }
 
-// knownRules lists the names of the core's rules.
-func knownRules() []string {
-	var names []string
-	for _, r := range inspect.Rules {
-		names = append(names, r.Name)
+// rules lists the core's rules and those of the formats that are installed.
+func (a *app) rules() []inspect.Rule {
+	s, err := a.session()
+	if err != nil {
+		return inspect.Rules(nil)
 	}
-	return names
+	return inspect.Rules(s.Plugins.Plugins())
+}
+
+// rulesText is a table of rules, a line each.
+func rulesText(rules []inspect.Rule) string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	for _, r := range rules {
+		fmt.Fprintf(w, "  %s\t%s\t%s\n", r.Name, dash(r.Format), r.Meaning)
+	}
+	_ = w.Flush() // into memory
+	return b.String()
 }
 
 // inspect is the verb.
@@ -61,10 +82,9 @@ func (a *app) inspect(ctx context.Context, f *inspectFlags, args []string) error
 	if f.output != "human" && f.output != "json" {
 		return usagef("--output must be used with human or json as argument.")
 	}
-	for _, rule := range f.allow {
-		if !inspect.ValidRule(rule) {
-			return fmt.Errorf("--allow %q: no rule has such a name (known: %s, and those of the formats)", rule, strings.Join(knownRules(), ", "))
-		}
+	if slices.Contains(f.allow, "help") {
+		fmt.Fprint(a.out, rulesText(a.rules()))
+		return nil
 	}
 	if len(args) != 1 {
 		return usagef("Expecting one image file name")

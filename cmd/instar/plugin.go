@@ -79,6 +79,9 @@ func (a *app) pluginInfo(cmd *cobra.Command, name string) error {
 	for _, probe := range m.Probes {
 		fmt.Fprintf(a.out, "probe: %s\n", probeText(probe))
 	}
+	for _, r := range m.Rules {
+		fmt.Fprintf(a.out, "rule: %s, %s\n", r.Name, r.Meaning)
+	}
 	if len(d.Create) > 0 {
 		fmt.Fprint(a.out, option.Help("create options:", d.Create))
 	}
@@ -90,6 +93,8 @@ func probeText(p sdk.Probe) string {
 	switch {
 	case p.Bytes == "":
 		return fmt.Sprintf("any content, score %d", p.Score)
+	case p.AfterComments:
+		return fmt.Sprintf("bytes %s at %d behind comments, score %d", p.Bytes, p.Offset, p.Score)
 	case p.Offset < 0:
 		return fmt.Sprintf("bytes %s at %d before the end, score %d", p.Bytes, -p.Offset, p.Score)
 	default:

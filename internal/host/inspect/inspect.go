@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/instar-img/instar/internal/host/discover"
 	"github.com/instar-img/instar/internal/host/image"
 	"github.com/instar-img/instar/sdk"
 )
@@ -26,29 +27,65 @@ const (
 	RuleUnexpected = "unexpected"   // it is not of the format that was expected
 )
 
-// Rules lists the core's rules with their meaning, for help and docs.
-var Rules = []struct{ Name, Meaning string }{
-	{RuleUnreadable, "the image cannot be opened as what it seems to be"},
-	{RuleAmbiguous, "the content fits several formats, and programs may differ in which they take it for"},
-	{RuleBacking, "the image names a backing file, whose content would become the guest's"},
-	{RuleData, "the image names another file that holds its data"},
-	{RuleExtent, "the image names other files that hold parts of it"},
-	{RuleEncrypted, "the content is encrypted"},
-	{RuleCorrupt, "the image is marked corrupt, or a check of its structures fails"},
-	{RuleDirty, "the image was not closed, so that its metadata must be repaired or a log replayed"},
-	{RuleUnexpected, "the image is not of the format that -f says"},
+// coreRules lists the core's rules.
+func coreRules() []sdk.Rule {
+	return []sdk.Rule{
+		{Name: RuleUnreadable, Meaning: "the image cannot be opened as what it seems to be"},
+		{Name: RuleAmbiguous, Meaning: "the content fits several formats, and programs may differ in which they take it for"},
+		{Name: RuleBacking, Meaning: "the image names a backing file, whose content would become the guest's"},
+		{Name: RuleData, Meaning: "the image names another file that holds its data"},
+		{Name: RuleExtent, Meaning: "the image names other files that hold parts of it"},
+		{Name: RuleEncrypted, Meaning: "the content is encrypted"},
+		{Name: RuleCorrupt, Meaning: "the image is marked corrupt, or a check of its structures fails"},
+		{Name: RuleDirty, Meaning: "the image was not closed, so that its metadata must be repaired or a log replayed"},
+		{Name: RuleUnexpected, Meaning: "the image is not of the format that -f says"},
+	}
 }
 
-// ValidRule reports whether a rule can have this name: plugins have rules of
-// their own, so that what is not listed here may well be one.
-func ValidRule(name string) bool {
-	return name != "" && len(name) <= 64 && strings.Trim(name, "abcdefghijklmnopqrstuvwxyz-") == ""
+// Rule is a rule and the format that it is of, empty for those of the core.
+type Rule struct {
+	sdk.Rule
+	Format string
+}
+
+// Rules lists the rules there are: the core's, and those that the manifests of
+// plugins list. Formats may have rules of one name.
+func Rules(plugins []*discover.Plugin) []Rule {
+	var out []Rule
+	for _, r := range coreRules() {
+		out = append(out, Rule{Rule: r})
+	}
+	for _, p := range plugins {
+		for _, r := range p.Manifest.Rules {
+			out = append(out, Rule{r, p.Manifest.Name})
+		}
+	}
+	return out
+}
+
+// allowed checks that there are rules of these names.
+func allowed(names []string, plugins []*discover.Plugin) error {
+	if len(names) == 0 {
+		return nil
+	}
+	var known []string
+	for _, r := range Rules(plugins) {
+		if !slices.Contains(known, r.Name) {
+			known = append(known, r.Name)
+		}
+	}
+	for _, name := range names {
+		if !slices.Contains(known, name) {
+			return fmt.Errorf("no rule is called %.100q (accepted: %s): %w", name, strings.Join(known, ", "), sdk.ErrInvalid)
+		}
+	}
+	return nil
 }
 
 // Request says what to inspect.
 type Request struct {
 	Path   string
-	Format string // expected; empty: any
+	Format string // expected; empty: any. Of several that fit, the one to open it as
 	// Allow lists rules whose findings do not count.
 	Allow []string
 }
@@ -93,17 +130,29 @@ func Image(ctx context.Context, o *image.Opener, req Request) (*Verdict, error) 
 	find := func(rule, format string, args ...any) {
 		v.Findings = append(v.Findings, Finding{Rule: rule, Text: fmt.Sprintf(format, args...), Allowed: slices.Contains(req.Allow, rule)})
 	}
-	walk := o.Gate.NewWalk()
-	file, err := walk.OpenMain(req.Path, false)
+	if err := allowed(req.Allow, o.Session.Plugins.Plugins()); err != nil {
+		return nil, err
+	}
+	expected := ""
+	if req.Format != "" {
+		p, err := o.Session.Plugins.ByName(req.Format)
+		if err != nil {
+			return nil, err
+		}
+		expected = p.Manifest.Name
+	}
+	// Opened once: there may soon be another file of that name.
+	file, err := o.Gate.NewWalk().OpenMain(req.Path, false)
 	if err != nil {
 		return nil, err
 	}
 	matches, err := o.Probe(file)
-	file.Close()
 	if err != nil {
+		file.Close()
 		return nil, err
 	}
 	if len(matches) == 0 {
+		file.Close()
 		find(RuleUnreadable, "no installed format recognises the content")
 		return v, nil
 	}
@@ -113,19 +162,16 @@ func Image(ctx context.Context, o *image.Opener, req Request) (*Verdict, error) 
 			v.Matches = append(v.Matches, m.Plugin.Manifest.Name)
 		}
 	}
+	if slices.Contains(v.Matches, expected) {
+		v.Format = expected
+	}
 	if len(v.Matches) > 1 || (len(v.Matches) == 1 && v.Matches[0] != v.Format) {
 		find(RuleAmbiguous, "the content fits %s", strings.Join(v.Matches, " and "))
 	}
-	if req.Format != "" {
-		p, err := o.Session.Plugins.ByName(req.Format)
-		if err != nil {
-			return nil, err
-		}
-		if p.Manifest.Name != v.Format {
-			find(RuleUnexpected, "it is %s, %s was expected", v.Format, p.Manifest.Name)
-		}
+	if expected != "" && expected != v.Format {
+		find(RuleUnexpected, "it is %s, %s was expected", v.Format, expected)
 	}
-	chain, err := o.Open(ctx, req.Path, image.Options{Format: v.Format, Describe: true, Check: true})
+	chain, err := o.OpenFile(ctx, req.Path, file, image.Options{Format: v.Format, Describe: true, Check: true})
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
@@ -143,11 +189,15 @@ func (v *Verdict) layer(ctx context.Context, layer *image.Layer, find func(rule,
 	v.VirtualSize = info.VirtualSize
 	rules := map[sdk.ReferenceKind]string{sdk.RefBacking: RuleBacking, sdk.RefData: RuleData, sdk.RefExtent: RuleExtent}
 	for _, r := range info.References {
-		if r.Role == sdk.RoleMain || (r.Kind == sdk.RefBacking && r.Name == "") {
+		if r.Role == sdk.RoleMain {
 			continue
 		}
 		v.References = append(v.References, Reference{Kind: string(r.Kind), Name: r.Name, Format: r.Format})
-		find(rules[r.Kind], "it refers to %q", r.Name)
+		rule, ok := rules[r.Kind]
+		if !ok {
+			rule = RuleUnreadable
+		}
+		find(rule, "it refers to %q", r.Name)
 	}
 	for _, flag := range []struct {
 		set  bool
@@ -186,9 +236,10 @@ func (v *Verdict) inspector(ctx context.Context, layer *image.Layer, find func(r
 		return nil
 	}
 	v.Features = append(v.Features, in.Features...)
+	rules := Rules([]*discover.Plugin{layer.Plugin})
 	for _, f := range in.Findings {
-		if !ValidRule(f.Rule) {
-			find(RuleUnreadable, "its plugin broke off: %.100q is no rule", f.Rule)
+		if !slices.ContainsFunc(rules, func(r Rule) bool { return r.Name == f.Rule }) {
+			find(RuleUnreadable, "its plugin says that %.100q is broken, a rule that its manifest does not list", f.Rule)
 			continue
 		}
 		find(f.Rule, "%s", f.Text)

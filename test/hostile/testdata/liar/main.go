@@ -304,7 +304,11 @@ func (m *image) Decode(_ context.Context, _ sdk.Extent, dst []byte) error {
 func (m *image) Attach(context.Context, []sdk.NamedFile) error { return m.at("attach") }
 
 func (m *image) Inspect(context.Context) (*sdk.Inspection, error) {
-	return &sdk.Inspection{}, m.at("inspect")
+	in := &sdk.Inspection{}
+	if m.how == "rule" {
+		in.Findings = []sdk.Finding{{Rule: "made-up", Text: "what is this"}}
+	}
+	return in, m.at("inspect")
 }
 
 func (m *image) Check(ctx context.Context, req sdk.CheckRequest) (*sdk.CheckResult, error) {
