@@ -29,8 +29,6 @@ var foreignMarks = [...]mark{
 	{"VMDK", 0, "COWD"},
 	{"VHDX", 0, "vhdxfile"},
 	{"VHD", 0, "conectix"},
-	{"VHD", -512, "conectix"},
-	{"VHD", -511, "conectix"},
 	{"VDI", 0x40, "\x7f\x10\xda\xbe"},
 	{"Parallels", 0, "WithoutFreeSpace"},
 	{"Parallels", 0, "WithouFreSpacExt"},

@@ -91,8 +91,8 @@ func vmdkStream(t *testing.T, bend func(footer []byte)) []byte {
 	return b
 }
 
-// vhdFixed is a fixed VHD of 1 MiB.
-func vhdFixed() []byte {
+// vhdFixed is a fixed VHD of 1 MiB that begins with content.
+func vhdFixed(content []byte) []byte {
 	footer := vhd(func(f, _ []byte) {
 		binary.BigEndian.PutUint64(f[16:], 1<<64-1)
 		binary.BigEndian.PutUint64(f[40:], 1<<20)
@@ -100,7 +100,9 @@ func vhdFixed() []byte {
 		binary.BigEndian.PutUint32(f[56:], 0x001e0411)
 		binary.BigEndian.PutUint32(f[60:], 2)
 	})[:512]
-	return append(make([]byte, 1<<20), footer...)
+	disk := make([]byte, 1<<20)
+	copy(disk, content)
+	return append(disk, footer...)
 }
 
 // crc32c puts the checksum at byte 4 that structures of VHDX have.
@@ -221,11 +223,13 @@ func TestInspect(t *testing.T) {
 		{"vhd", vhd(none), "", ""},
 		{"vhd saved state", vhd(func(f, _ []byte) { f[84] = 1 }), "saved-state", ""},
 		{"vhd footer", flip(vhd(none), 512+1024+2048+100), "footer corrupt", ""},
-		{"vhd fixed", vhdFixed(), "ambiguous foreign-format", ""},
-		{"vhd fixed, expected", vhdFixed(), "", "-f vpc"},
-		{"vhd fixed, by its other name", vhdFixed(), "", "-f vhd"},
-		{"vhd fixed, raw expected", vhdFixed(), "ambiguous foreign-format", "-f raw"},
-		{"vhd fixed behind a qcow2", append(newQcow().bytes(), vhdFixed()...), "ambiguous", "-f qcow2"},
+		{"vhd fixed", vhdFixed(nil), "ambiguous", ""},
+		{"vhd fixed, expected", vhdFixed(nil), "", "-f vpc"},
+		{"vhd fixed, by its other name", vhdFixed(nil), "", "-f vhd"},
+		{"vhd fixed, raw expected", vhdFixed(nil), "ambiguous", "-f raw"},
+		{"vhd fixed behind a qcow2", append(newQcow().bytes(), vhdFixed(nil)...), "ambiguous", "-f qcow2"},
+		{"vhd fixed with a qed inside", vhdFixed([]byte("QED\x00")), "foreign-format", "-f vpc"},
+		{"vhd fixed with an mbr inside", vhdFixed(mbr([4]uint32{0x80, 0x83, 63, 1000})), "", "-f vpc"},
 		{"vhdx", vhdxBy(t), "", ""},
 		{"vhdx parent", vhdxBy(t, "-b", "base", "-F", "vhdx"), "backing-file", ""},
 		{"vhdx log", vhdxLog(t), "dirty corrupt", ""},

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 
@@ -180,7 +181,32 @@ func Image(ctx context.Context, o *image.Opener, req Request) (*Verdict, error) 
 		return v, nil
 	}
 	defer chain.Close()
-	return v, v.layer(ctx, chain.Top(), find)
+	if err := v.layer(ctx, chain.Top(), find); err != nil {
+		return nil, err
+	}
+	if first := matches[0]; first.Fallback && first.Plugin.Manifest.Name != v.Format {
+		return v, v.asFallback(ctx, o, first.Plugin, chain.Top().Files[0].File, find)
+	}
+	return v, nil
+}
+
+// asFallback judges a file as what programs take it for that are not told its
+// format, too.
+func (v *Verdict) asFallback(ctx context.Context, o *image.Opener, p *discover.Plugin, file *os.File, find func(rule, format string, args ...any)) error {
+	format, err := o.Session.Start(ctx, p)
+	if err != nil {
+		return err
+	}
+	img, err := format.Open(ctx, sdk.OpenRequest{Files: []sdk.NamedFile{{Role: sdk.RoleMain, File: sdk.NewFile(file)}}, Check: true})
+	if err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		find(RuleUnreadable, "%s: %v", p.Manifest.Name, err)
+		return nil
+	}
+	defer img.Close()
+	return v.inspector(ctx, &image.Layer{Plugin: p, Image: img}, find)
 }
 
 // layer judges an opened image.
