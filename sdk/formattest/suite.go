@@ -831,8 +831,8 @@ func (s *suite) ahead(t *testing.T) {
 				}
 				return path, o, w, info
 			}
-			_, o, w, info := newImage(s.WriteSize)
-			step := max(info.Unit, o.Info.AllocationUnit)
+			_, first, _, info := newImage(s.WriteSize)
+			step := max(info.Unit, first.Info.AllocationUnit)
 			if step > maxAheadUnit {
 				t.Logf("units of %d bytes: too much for this test", step)
 				return
