@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
 
@@ -212,6 +213,10 @@ func (a *app) close() {
 		a.current.Close()
 	}
 }
+
+// short is called by verbs that do little: what wakes further processors takes
+// longer then than what they would do.
+func short() { runtime.GOMAXPROCS(1) }
 
 // rootCommand builds the command tree.
 func (a *app) rootCommand() *cobra.Command {

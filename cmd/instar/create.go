@@ -154,6 +154,7 @@ func (a *app) create(ctx context.Context, f *createFlags, args []string) error {
 	if err := f.checkStatic(args, help); err != nil {
 		return err
 	}
+	short()
 	s, err := a.session()
 	if err != nil {
 		return err

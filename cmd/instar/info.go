@@ -130,6 +130,7 @@ func (a *app) info(ctx context.Context, f *infoFlags, args []string) error {
 		return nil
 	}
 	if !out.many {
+		short()
 		images, err := work(ctx, 0, args[0])
 		if err != nil {
 			return err

@@ -103,6 +103,9 @@ func (c *Child) environment(spec Spec) []string {
 		handshake.MagicCookieKey + "=" + handshake.MagicCookieValue,
 		"PLUGIN_PROTOCOL_VERSIONS=" + strings.Join(majors, ","),
 		handshake.SocketDirKey + "=" + c.dir.path,
+		// A Go program starts sooner with one processor. Package serve takes the
+		// others when there is work for them.
+		"GOMAXPROCS=1",
 	}
 	if spec.LogLevel != "" {
 		env = append(env, handshake.LogLevelKey+"="+spec.LogLevel)

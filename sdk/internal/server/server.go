@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"runtime"
 	"sync"
 
 	"google.golang.org/grpc/codes"
@@ -28,6 +29,8 @@ type Server struct {
 	format sdk.Format
 	files  FileSource
 
+	spread func() // has the program use all processors
+
 	mu     sync.Mutex // of the next three
 	lastID uint64
 	plans  map[uint64]sdk.Plan
@@ -45,7 +48,10 @@ type image struct {
 
 // New returns a server for format, whose descriptors come from files.
 func New(format sdk.Format, files FileSource) *Server {
-	return &Server{format: format, files: files, plans: map[uint64]sdk.Plan{}, images: map[uint64]*image{}, windows: map[uint32]*window{}}
+	return &Server{
+		format: format, files: files, plans: map[uint64]sdk.Plan{}, images: map[uint64]*image{}, windows: map[uint32]*window{},
+		spread: sync.OnceFunc(func() { runtime.GOMAXPROCS(runtime.NumCPU()) }),
+	}
 }
 
 // Describe returns what the format says of itself.
@@ -188,12 +194,18 @@ func (s *Server) OpenImage(ctx context.Context, r *pb.OpenImageRequest) (*pb.Ope
 	_, resp.Inspector = sdk.As[sdk.Inspector](img)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if len(s.images) > 0 {
+		s.spread()
+	}
 	resp.Image = s.newID()
 	s.images[resp.Image] = &image{Image: img, files: opened}
 	return resp, nil
 }
 
+// image returns an open image to somebody who wants more of it than its info,
+// which may be work for several processors: the core starts a plugin with one.
 func (s *Server) image(id uint64) (*image, error) {
+	s.spread()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	img, ok := s.images[id]
