@@ -33,24 +33,25 @@ type Format struct {
 	rpc   pb.FormatServiceClient
 	files FileSender
 
-	described   chan struct{} // closed when the two below are there
-	description sdk.Description
-	err         error
+	expect func(sdk.Description) error
+	prints string // the fingerprint of the manifest that is accepted unseen
+
+	describeOnce sync.Once
+	description  sdk.Description
+	err          error
 }
 
 // maxMessage bounds one answer of a plugin, in bytes.
 const maxMessage = 16 << 20
 
-// Connect asks the plugin what it is, without waiting for the answer, which
-// accept may refuse.
-func Connect(ctx context.Context, conn grpc.ClientConnInterface, files FileSender, accept func(sdk.Description) error) *Format {
-	f := &Format{rpc: pb.NewFormatServiceClient(conn), files: files, described: make(chan struct{})}
-	go func() {
-		defer close(f.described)
-		if f.description, f.err = f.describe(ctx); f.err == nil {
-			f.err = accept(f.description)
-		}
-	}()
+// Connect makes a format of a connection. What the plugin says of itself, when
+// that is needed, accept may refuse. manifest is what it is expected to say; nil
+// expects nothing.
+func Connect(conn grpc.ClientConnInterface, files FileSender, manifest *sdk.Manifest, accept func(sdk.Description) error) *Format {
+	f := &Format{rpc: pb.NewFormatServiceClient(conn), files: files, expect: accept}
+	if manifest != nil {
+		f.prints = manifest.Fingerprint()
+	}
 	return f
 }
 
@@ -69,19 +70,18 @@ func (f *Format) describe(ctx context.Context) (sdk.Description, error) {
 	return d, nil
 }
 
-// Ready waits until the plugin has said what it is, and returns why that will
-// not do.
-func (f *Format) Ready() error {
-	<-f.described
+// Ready asks the plugin what it is, once, and returns why that will not do.
+func (f *Format) Ready(ctx context.Context) error {
+	f.describeOnce.Do(func() {
+		if f.description, f.err = f.describe(ctx); f.err == nil {
+			f.err = f.expect(f.description)
+		}
+	})
 	return f.err
 }
 
-// Describe returns what the plugin said when it was connected. It waits for
-// that.
-func (f *Format) Describe() sdk.Description {
-	<-f.described
-	return f.description
-}
+// Describe returns what the plugin said to Ready.
+func (f *Format) Describe() sdk.Description { return f.description }
 
 // send passes descriptors on and returns their tickets.
 func (f *Format) send(files []sdk.NamedFile) ([]*pb.FileTicket, error) {
@@ -146,8 +146,8 @@ func (p *plan) Measure(ctx context.Context, req sdk.MeasureRequest) (sdk.Measure
 	return sdk.MeasureResult{Required: r.GetRequired(), FullyAllocated: r.GetFullyAllocated(), Bitmaps: r.GetBitmaps()}, nil
 }
 
-// Open has the plugin open an image, and may be called before the plugin is
-// ready: it fails when that turns out not to do. The concrete type is *Image.
+// Open has the plugin open an image, and need not be preceded by Ready: it fails
+// where that would. The concrete type is *Image.
 func (f *Format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, error) {
 	tickets, err := f.send(req.Files)
 	if err != nil {
@@ -156,8 +156,10 @@ func (f *Format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, erro
 	r, err := f.rpc.OpenImage(ctx, &pb.OpenImageRequest{
 		Files: tickets, ReadWrite: req.ReadWrite, Check: req.Check, Snapshot: req.Snapshot, Name: req.Name,
 	}, grpc.MaxCallRecvMsgSize(maxMessage))
-	if notReady := f.Ready(); notReady != nil {
-		return nil, notReady
+	if r.GetManifest() == "" || r.GetManifest() != f.prints {
+		if notReady := f.Ready(ctx); notReady != nil {
+			return nil, notReady
+		}
 	}
 	if err != nil {
 		return nil, wire.FromStatus(err)

@@ -43,8 +43,8 @@ func OverWire(t testing.TB, format sdk.Format) sdk.Format {
 		srv.Stop()
 		<-served
 	})
-	f := client.Connect(context.Background(), conn, desk, func(sdk.Description) error { return nil })
-	if err := f.Ready(); err != nil {
+	f := client.Connect(conn, desk, nil, func(sdk.Description) error { return nil })
+	if err := f.Ready(context.Background()); err != nil {
 		t.Fatal(err)
 	}
 	return f

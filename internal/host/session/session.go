@@ -46,7 +46,7 @@ func New(plugins *discover.Set, options launch.Options) *Session {
 func (s *Session) Format(ctx context.Context, p *discover.Plugin) (*client.Format, error) {
 	f, err := s.Start(ctx, p)
 	if err == nil {
-		err = f.Ready()
+		err = f.Ready(ctx)
 	}
 	if err != nil {
 		return nil, err
@@ -54,8 +54,8 @@ func (s *Session) Format(ctx context.Context, p *discover.Plugin) (*client.Forma
 	return f, nil
 }
 
-// Start is Format for a caller who only opens an image: it may do so while the
-// plugin is still saying what it is.
+// Start is Format for a caller who only opens an image, which tells whether the
+// plugin is what its manifest says.
 func (s *Session) Start(ctx context.Context, p *discover.Plugin) (*client.Format, error) {
 	s.mu.Lock()
 	if s.closed {
@@ -76,7 +76,7 @@ func (r *plugin) start(ctx context.Context, p *discover.Plugin, o launch.Options
 	if r.process, r.err = launch.Start(ctx, p, o); r.err != nil {
 		return
 	}
-	r.format = client.Connect(ctx, &explainedConn{r.process.Conn(), r.process}, r.process, func(d sdk.Description) error {
+	r.format = client.Connect(&explainedConn{r.process.Conn(), r.process}, r.process, &p.Manifest, func(d sdk.Description) error {
 		return sameManifest(p, d.Manifest)
 	})
 }

@@ -184,7 +184,8 @@ func (s *Server) OpenImage(ctx context.Context, r *pb.OpenImageRequest) (*pb.Ope
 		closeAll(opened)
 		return nil, wire.Status(err)
 	}
-	resp := &pb.OpenImageResponse{Info: wire.Info(info)}
+	manifest := s.format.Describe().Manifest
+	resp := &pb.OpenImageResponse{Info: wire.Info(info), Manifest: manifest.Fingerprint()}
 	_, resp.Checker = sdk.As[sdk.Checker](img)
 	_, resp.Decoder = sdk.As[sdk.Decoder](img)
 	_, resp.Attacher = sdk.As[sdk.Attacher](img)

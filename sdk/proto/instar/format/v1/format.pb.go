@@ -1711,16 +1711,19 @@ func (x *OpenImageRequest) GetName() string {
 }
 
 type OpenImageResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Image         uint64                 `protobuf:"varint,1,opt,name=image,proto3" json:"image,omitempty"`
-	Info          *Info                  `protobuf:"bytes,2,opt,name=info,proto3" json:"info,omitempty"`
-	Checker       bool                   `protobuf:"varint,3,opt,name=checker,proto3" json:"checker,omitempty"`
-	Decoder       bool                   `protobuf:"varint,4,opt,name=decoder,proto3" json:"decoder,omitempty"`
-	Attacher      bool                   `protobuf:"varint,5,opt,name=attacher,proto3" json:"attacher,omitempty"`
-	Writer        bool                   `protobuf:"varint,6,opt,name=writer,proto3" json:"writer,omitempty"`
-	BitmapReader  bool                   `protobuf:"varint,7,opt,name=bitmap_reader,json=bitmapReader,proto3" json:"bitmap_reader,omitempty"`
-	BitmapWriter  bool                   `protobuf:"varint,8,opt,name=bitmap_writer,json=bitmapWriter,proto3" json:"bitmap_writer,omitempty"`
-	Inspector     bool                   `protobuf:"varint,9,opt,name=inspector,proto3" json:"inspector,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Image        uint64                 `protobuf:"varint,1,opt,name=image,proto3" json:"image,omitempty"`
+	Info         *Info                  `protobuf:"bytes,2,opt,name=info,proto3" json:"info,omitempty"`
+	Checker      bool                   `protobuf:"varint,3,opt,name=checker,proto3" json:"checker,omitempty"`
+	Decoder      bool                   `protobuf:"varint,4,opt,name=decoder,proto3" json:"decoder,omitempty"`
+	Attacher     bool                   `protobuf:"varint,5,opt,name=attacher,proto3" json:"attacher,omitempty"`
+	Writer       bool                   `protobuf:"varint,6,opt,name=writer,proto3" json:"writer,omitempty"`
+	BitmapReader bool                   `protobuf:"varint,7,opt,name=bitmap_reader,json=bitmapReader,proto3" json:"bitmap_reader,omitempty"`
+	BitmapWriter bool                   `protobuf:"varint,8,opt,name=bitmap_writer,json=bitmapWriter,proto3" json:"bitmap_writer,omitempty"`
+	Inspector    bool                   `protobuf:"varint,9,opt,name=inspector,proto3" json:"inspector,omitempty"`
+	// manifest is the fingerprint of the manifest. It saves a Describe to who only
+	// wants to know whether the plugin is what its manifest says.
+	Manifest      string `protobuf:"bytes,10,opt,name=manifest,proto3" json:"manifest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1816,6 +1819,13 @@ func (x *OpenImageResponse) GetInspector() bool {
 		return x.Inspector
 	}
 	return false
+}
+
+func (x *OpenImageResponse) GetManifest() string {
+	if x != nil {
+		return x.Manifest
+	}
+	return ""
 }
 
 type AttachFilesRequest struct {
@@ -4112,7 +4122,7 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"read_write\x18\x02 \x01(\bR\treadWrite\x12\x14\n" +
 	"\x05check\x18\x03 \x01(\bR\x05check\x12\x1a\n" +
 	"\bsnapshot\x18\x04 \x01(\tR\bsnapshot\x12\x12\n" +
-	"\x04name\x18\x05 \x01(\tR\x04name\"\xa5\x02\n" +
+	"\x04name\x18\x05 \x01(\tR\x04name\"\xc1\x02\n" +
 	"\x11OpenImageResponse\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\x12*\n" +
 	"\x04info\x18\x02 \x01(\v2\x16.instar.format.v1.InfoR\x04info\x12\x18\n" +
@@ -4122,7 +4132,9 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\x06writer\x18\x06 \x01(\bR\x06writer\x12#\n" +
 	"\rbitmap_reader\x18\a \x01(\bR\fbitmapReader\x12#\n" +
 	"\rbitmap_writer\x18\b \x01(\bR\fbitmapWriter\x12\x1c\n" +
-	"\tinspector\x18\t \x01(\bR\tinspector\"^\n" +
+	"\tinspector\x18\t \x01(\bR\tinspector\x12\x1a\n" +
+	"\bmanifest\x18\n" +
+	" \x01(\tR\bmanifest\"^\n" +
 	"\x12AttachFilesRequest\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\x122\n" +
 	"\x05files\x18\x02 \x03(\v2\x1c.instar.format.v1.FileTicketR\x05files\"A\n" +
