@@ -1,5 +1,5 @@
-// Package ahead starts the plugin that a command line is likely to need while
-// the rest of the core initialises, which takes as long as the plugin's own
+// Package ahead starts the plugins that a command line is likely to need while
+// the rest of the core initialises, which takes as long as a plugin's own
 // initialisation. It imports little, so that it is initialised early. A wrong
 // guess costs a process that is ended unused.
 package ahead
@@ -20,11 +20,15 @@ import (
 
 // run is what Begin has under way.
 type run struct {
-	set *discover.Set
-	err error
+	set    *discover.Set
+	err    error
+	starts []*start
+}
 
-	started chan struct{} // closed when plugin and child are there
-	plugin  *discover.Plugin
+// start is a process on its way.
+type start struct {
+	plugin *discover.Plugin
+	done   chan struct{} // closed when child is there, or will not be
 
 	mu    sync.Mutex
 	child *child.Child
@@ -32,8 +36,8 @@ type run struct {
 
 var begun *run
 
-// Begin finds the plugins, and starts the likely one in the background. args is the
-// command line. It is called once, before anything else here.
+// Begin finds the plugins, and starts the likely ones in the background. args is
+// the command line. It is called once, before anything else here.
 func Begin(args []string) {
 	guess, ok := guessOf(args)
 	if !ok || os.Getenv("INSTAR_UNTRUSTED") != "" || os.Getenv("INSTAR_LOG") != "" {
@@ -41,24 +45,29 @@ func Begin(args []string) {
 	}
 	// Finding is not left to a goroutine: the start needs it, and the first
 	// goroutine of a program waits for its thread.
-	r := &run{started: make(chan struct{})}
+	r := &run{}
 	begun = r
-	var p *discover.Plugin
-	if r.set, r.err = discover.Find(discover.Options{}); r.err == nil {
-		p = guess.plugin(r.set)
-	}
-	if p == nil || !slices.Contains(p.Manifest.Protocols, sdk.Protocol) {
-		close(r.started)
+	if r.set, r.err = discover.Find(discover.Options{}); r.err != nil {
 		return
 	}
-	go func() {
-		defer close(r.started)
-		c, err := child.Start(child.Spec{Path: p.Path, Roots: p.Manifest.RuntimeRoots, Protocols: []int{sdk.Protocol}})
-		if err != nil {
-			return // who needs it will start it, and report
+	for _, p := range guess.plugins(r.set) {
+		if !slices.Contains(p.Manifest.Protocols, sdk.Protocol) {
+			continue
 		}
-		r.plugin, r.child = p, c
-	}()
+		s := &start{plugin: p, done: make(chan struct{})}
+		r.starts = append(r.starts, s)
+		go s.run()
+	}
+}
+
+func (s *start) run() {
+	defer close(s.done)
+	m := &s.plugin.Manifest
+	// Where it fails, who needs it will start it, and report.
+	c, err := child.Start(child.Spec{Path: s.plugin.Path, Roots: m.RuntimeRoots, Protocols: []int{sdk.Protocol}})
+	if err == nil {
+		s.child = c
+	}
 }
 
 // Find returns what discover.Find finds in the usual places, perhaps already
@@ -70,95 +79,161 @@ func Find() (*discover.Set, error) {
 	return begun.set, begun.err
 }
 
-// Take returns the process that was started ahead if it runs p, and it is the
+// Take returns the process of p where it was started ahead, and it is the
 // caller's then.
 func Take(p *discover.Plugin) *child.Child {
 	if begun == nil {
 		return nil
 	}
-	<-begun.started
-	if begun.plugin != p {
-		return nil
+	for _, s := range begun.starts {
+		if s.plugin == p {
+			return s.take()
+		}
 	}
-	return begun.take()
+	return nil
 }
 
-// Discard ends a process that nobody took.
+// Discard ends the processes that nobody took.
 func Discard() {
 	if begun == nil {
 		return
 	}
-	<-begun.started
-	if c := begun.take(); c != nil {
-		c.Remove()
+	for _, s := range begun.starts {
+		if c := s.take(); c != nil {
+			c.Remove()
+		}
 	}
 }
 
-func (r *run) take() *child.Child {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	c := r.child
-	r.child = nil
+func (s *start) take() *child.Child {
+	<-s.done
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c := s.child
+	s.child = nil
 	return c
 }
 
-// guess says which plugin a command line needs.
+// guess says which plugins a command line needs: for the formats that it names,
+// for the first images of files, whose content tells, and the fallback format for a
+// new image of which nothing is said.
 type guess struct {
-	format string   // where it is named
-	create bool     // else the fallback format
-	files  []string // else that of the first of these that is an image
+	formats  []string
+	files    []string
+	images   int
+	fallback bool
 }
 
-// verbs take one image, whose format -f names or its content tells.
+// verbs take images whose formats are named or whose content tells.
 var verbs = []string{
-	"amend", "bitmap", "check", "commit", "create", "info", "inspect", "map", "measure", "rebase", "resize", "snapshot",
+	"amend", "bitmap", "check", "commit", "compare", "convert", "create", "dd", "info", "inspect", "map", "measure",
+	"rebase", "resize", "snapshot",
 }
 
 // notAhead are flags with which no plugin is needed, or one that is started
 // with other settings.
 var notAhead = []string{"-h", "--help", "-V", "--version", "-v", "--verbose", "--untrusted", "--untrusted=true"}
 
+// flags that name the format of an image, by what is known of them here.
+var flags = map[string]byte{
+	"-f": 'f', "--format": 'f',
+	"-F": 'F', "--second-format": 'F',
+	"-O": 'O', "--target-format": 'O',
+}
+
 func guessOf(args []string) (guess, bool) {
-	var g guess
 	var verb string
+	var words []string
+	named := map[byte]string{}
 	for i := 1; i < len(args); i++ {
 		arg := args[i]
+		name, value, hasValue := strings.Cut(arg, "=")
+		if len(arg) > 2 && arg[0] == '-' && arg[1] != '-' {
+			name, value, hasValue = arg[:2], strings.TrimPrefix(arg[2:], "="), true
+		}
+		flag, isFormat := flags[name]
 		switch {
 		case slices.Contains(notAhead, arg) || strings.HasPrefix(arg, "--max-memory"):
-			return g, false
-		case arg == "-f" || arg == "--format":
+			return guess{}, false
+		case isFormat && hasValue:
+			named[flag] = value
+		case isFormat:
 			if i++; i < len(args) {
-				g.format = args[i]
+				named[flag] = args[i]
 			}
-		case strings.HasPrefix(arg, "--format="):
-			g.format = strings.TrimPrefix(arg, "--format=")
-		case strings.HasPrefix(arg, "-f") && len(arg) > 2:
-			g.format = strings.TrimPrefix(arg[2:], "=")
 		case strings.HasPrefix(arg, "-") || arg == "":
 		case verb == "":
 			verb = arg
 		default:
-			g.files = append(g.files, arg)
+			words = append(words, arg)
 		}
 	}
-	g.create = verb == "create"
-	return g, slices.Contains(verbs, verb) && (g.format != "" || len(g.files) > 0)
+	g := guess{files: words}
+	opened := func(format string) {
+		if format == "" {
+			g.images++
+		} else {
+			g.formats = append(g.formats, format)
+		}
+	}
+	made := func(format string) {
+		if format == "" {
+			g.fallback = true
+		} else {
+			g.formats = append(g.formats, format)
+		}
+	}
+	switch verb {
+	case "create":
+		made(named['f'])
+	case "compare":
+		opened(named['f'])
+		opened(named['F'])
+	case "convert":
+		g.files = words[:max(len(words)-1, 0)]
+		opened(named['f'])
+		made(named['O'])
+	case "dd":
+		g.files = nil
+		for _, w := range words {
+			if name, ok := strings.CutPrefix(w, "if="); ok {
+				g.files = append(g.files, name)
+			}
+		}
+		opened(named['f'])
+		made(named['O'])
+	default:
+		opened(named['f'])
+	}
+	return g, slices.Contains(verbs, verb) && (len(g.formats) > 0 || len(words) > 0)
 }
 
-func (g guess) plugin(set *discover.Set) *discover.Plugin {
-	if g.format != "" {
-		p, _ := set.ByName(g.format)
-		return p
-	}
-	if g.create {
-		return set.Fallback()
-	}
-	for _, path := range g.files {
-		if p, ok := probe(set, path); ok {
-			return p
+// plugins returns those that are needed, each once.
+func (g guess) plugins(set *discover.Set) []*discover.Plugin {
+	var list []*discover.Plugin
+	add := func(p *discover.Plugin) {
+		if p != nil && !slices.Contains(list, p) {
+			list = append(list, p)
 		}
 	}
-	return nil
+	for _, format := range g.formats {
+		p, _ := set.ByName(format)
+		add(p)
+	}
+	images := 0
+	for _, path := range g.files {
+		if images == g.images {
+			break
+		}
+		if p, ok := probe(set, path); ok {
+			add(p)
+			images++
+		}
+	}
+	if g.fallback {
+		add(set.Fallback())
+	}
+	return list
 }
 
 // probe looks at the content of a file, if it is one.

@@ -22,16 +22,22 @@ func TestGuessOf(t *testing.T) {
 		want guess
 		ok   bool
 	}{
-		{"create -f qcow2 x 1G", guess{format: "qcow2", create: true, files: []string{"x", "1G"}}, true},
-		{"create -fqcow2 x 1G", guess{format: "qcow2", create: true, files: []string{"x", "1G"}}, true},
-		{"create --format=vpc x 1G", guess{format: "vpc", create: true, files: []string{"x", "1G"}}, true},
-		{"create x 1G", guess{create: true, files: []string{"x", "1G"}}, true},
-		{"info --output json x", guess{files: []string{"json", "x"}}, true},
+		{"create -f qcow2 x 1G", guess{formats: []string{"qcow2"}, files: []string{"x", "1G"}}, true},
+		{"create -fqcow2 x 1G", guess{formats: []string{"qcow2"}, files: []string{"x", "1G"}}, true},
+		{"create --format=vpc x 1G", guess{formats: []string{"vpc"}, files: []string{"x", "1G"}}, true},
+		{"create x 1G", guess{fallback: true, files: []string{"x", "1G"}}, true},
+		{"info --output json x", guess{images: 1, files: []string{"json", "x"}}, true},
 		{"info", guess{}, false},
-		{"check -f vhdx", guess{format: "vhdx"}, true},
-		{"info x -f", guess{files: []string{"x"}}, true},
+		{"check -f vhdx", guess{formats: []string{"vhdx"}}, true},
+		{"info x -f", guess{images: 1, files: []string{"x"}}, true},
 		{"info --help", guess{}, false},
-		{"convert -O qcow2 a b", guess{}, false},
+		{"compare a b", guess{images: 2, files: []string{"a", "b"}}, true},
+		{"compare -f raw -F qcow2 a b", guess{formats: []string{"raw", "qcow2"}, files: []string{"a", "b"}}, true},
+		{"compare -F raw a b", guess{formats: []string{"raw"}, images: 1, files: []string{"a", "b"}}, true},
+		{"convert -O qcow2 a b", guess{formats: []string{"qcow2"}, images: 1, files: []string{"a"}}, true},
+		{"convert -f raw a b", guess{formats: []string{"raw"}, fallback: true, files: []string{"a"}}, true},
+		{"convert", guess{}, false},
+		{"dd -O vpc bs=1M if=a of=b", guess{formats: []string{"vpc"}, images: 1, files: []string{"a"}}, true},
 		{"", guess{}, false},
 	} {
 		got, ok := guessOf(append([]string{"instar"}, strings.Fields(c.line)...))
@@ -89,11 +95,23 @@ func TestGuessedPlugin(t *testing.T) {
 		{"info .", ""},                         // not a file
 		{"info missing.img", ""},
 		{"info -f footed m.img", "footed"},
+		{"compare m.img f.img", "magic footed"},
+		{"compare m.img m.img", "magic"},
+		{"compare -f footed f.img m.img", "footed"},
+		{"convert -O footed m.img f.img", "footed magic"},
+		{"convert m.img new", "magic rest"},
+		{"dd if=f.img of=new", "footed rest"},
 	} {
 		words := strings.Fields(c.line)
 		for i, w := range words {
 			if strings.HasSuffix(w, ".img") || w == "." {
-				words[i] = filepath.Join(dir, w)
+				key, name, ok := strings.Cut(w, "if=")
+				if !ok {
+					key, name = "", w
+				} else {
+					key = "if="
+				}
+				words[i] = key + filepath.Join(dir, name)
 			}
 		}
 		g, ok := guessOf(append([]string{"instar"}, words...))
@@ -101,11 +119,11 @@ func TestGuessedPlugin(t *testing.T) {
 			t.Errorf("%s: no guess", c.line)
 			continue
 		}
-		got := ""
-		if p := g.plugin(set); p != nil {
-			got = p.Manifest.Name
+		var names []string
+		for _, p := range g.plugins(set) {
+			names = append(names, p.Manifest.Name)
 		}
-		if got != c.want {
+		if got := strings.Join(names, " "); got != c.want {
 			t.Errorf("%s: %q, want %q", c.line, got, c.want)
 		}
 	}
