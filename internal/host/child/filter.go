@@ -29,7 +29,12 @@ func firstFilter(core int) *confine.Filter {
 		unix.SYS_SETPRIORITY, unix.SYS_IOPRIO_SET, unix.SYS_SCHED_SETAFFINITY,
 		unix.SYS_SCHED_SETSCHEDULER, unix.SYS_SCHED_SETPARAM, unix.SYS_SCHED_SETATTR,
 		unix.SYS_MIGRATE_PAGES, unix.SYS_MOVE_PAGES, unix.SYS_SETSID)
+	// tgkill names the process, which is not known before it starts, so that it
+	// cannot be confined to its own. The one signal left is the one by which Go
+	// interrupts its threads, which is ignored by those that do not expect it.
 	f.When(refuse, unix.SYS_TGKILL, confine.Condition{Arg: 0, Value: uint32(core)})
+	f.When(confine.Allow, unix.SYS_TGKILL, confine.Condition{Arg: 2, Value: uint32(unix.SIGURG)})
+	f.On(refuse, unix.SYS_TGKILL)
 	// Threads, and the clone by which Go starts a program: that one starts the
 	// plugin itself. Name spaces not.
 	f.When(confine.Allow, unix.SYS_CLONE,
