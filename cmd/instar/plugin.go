@@ -29,6 +29,10 @@ func (a *app) pluginCommand() *cobra.Command {
 
 // pluginList prints a table, what was refused, and the sandbox.
 func (a *app) pluginList() error {
+	status, err := launch.SandboxStatus()
+	if err != nil {
+		return err
+	}
 	s, err := a.session()
 	if err != nil {
 		return err
@@ -46,7 +50,7 @@ func (a *app) pluginList() error {
 	for _, r := range s.Plugins.Refused() {
 		fmt.Fprintf(a.out, "refused: %v\n", r)
 	}
-	fmt.Fprintf(a.out, "sandbox: %v\n", launch.Effective())
+	fmt.Fprintf(a.out, "sandbox: %s\n", status)
 	return nil
 }
 

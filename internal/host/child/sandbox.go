@@ -49,7 +49,7 @@ func (s Sandbox) String() string {
 	}
 	second := ""
 	if s.SecondLock {
-		second = ", second lock in the plugin"
+		second = ", second lock in plugins that use the SDK"
 	}
 	return fmt.Sprintf("Landlock ABI %d, seccomp%s", s.LandlockABI, second)
 }
@@ -76,4 +76,19 @@ func SandboxMode(require bool) (Mode, error) {
 		return Off, nil
 	}
 	return BestEffort, nil
+}
+
+// SandboxStatus says in one line what plugins run in: what the environment asks
+// for, and what the kernel gives.
+func SandboxStatus() (string, error) {
+	mode, err := SandboxMode(false)
+	switch {
+	case err != nil:
+		return "", err
+	case mode == Off:
+		return fmt.Sprintf("off, as %s says (there is: %v)", SandboxVariable, Effective()), nil
+	case mode == Required:
+		return fmt.Sprintf("%v; required, as %s says", Effective(), SandboxVariable), nil
+	}
+	return Effective().String(), nil
 }

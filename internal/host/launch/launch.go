@@ -44,6 +44,9 @@ const SandboxVariable = child.SandboxVariable
 // Effective describes the sandbox that the running kernel gives.
 func Effective() Sandbox { return child.Effective() }
 
+// SandboxStatus says in one line what plugins run in.
+func SandboxStatus() (string, error) { return child.SandboxStatus() }
+
 // Options says how to start a plugin.
 type Options struct {
 	// Logger takes go-plugin's messages and the plugin's. Nil discards them.
