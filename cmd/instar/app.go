@@ -202,6 +202,7 @@ func (a *app) session() (*session.Session, error) {
 		a.logf("%v", r)
 	}
 	a.current = session.New(plugins, launch.Options{Logger: a.logger(), Limits: a.limits})
+	a.current.Idle = a.policy.idleTimeout()
 	return a.current, nil
 }
 
@@ -240,15 +241,15 @@ func (a *app) rootCommand() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err.Error()} })
 	root.PersistentFlags().BoolVarP(&a.verbose, "verbose", "v", false, "say what is done beside the result, on standard error")
 	root.AddCommand(
-		a.bound(a.createCommand(), false),
-		a.bound(a.convertCommand(), false),
-		a.bound(a.ddCommand(), false),
-		a.bound(a.infoCommand(), true),
-		a.bound(a.mapCommand(), true),
-		a.bound(a.checkCommand(), true),
-		a.bound(a.measureCommand(), true),
-		a.bound(a.compareCommand(), false),
-		a.bound(a.inspectCommand(), true),
+		a.bound(a.createCommand(), writes),
+		a.bound(a.convertCommand(), writes),
+		a.bound(a.ddCommand(), writes),
+		a.bound(a.infoCommand(), looks),
+		a.bound(a.mapCommand(), looks),
+		a.bound(a.checkCommand(), looks),
+		a.bound(a.measureCommand(), looks),
+		a.bound(a.compareCommand(), reads),
+		a.bound(a.inspectCommand(), looks),
 		a.pluginCommand(),
 	)
 	return root

@@ -210,6 +210,9 @@ func (a *app) convert(ctx context.Context, f *convertFlags, args []string) error
 		sources = append(sources, copier.FromChain(c))
 	}
 	source := copier.Concat(sources...)
+	if err := a.policy.checkOutput(source.Size); err != nil {
+		return err
+	}
 	if f.bitmaps {
 		if f.copied, err = selectBitmaps(chains, f.skipBroken, a.warn); err != nil {
 			return err

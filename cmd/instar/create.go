@@ -194,6 +194,9 @@ func (a *app) create(ctx context.Context, f *createFlags, args []string) error {
 	if err := resolveBacking(ctx, opener, schema, req, f.unsafe); err != nil {
 		return fmt.Errorf("%s: %w", filename, err)
 	}
+	if err := a.policy.checkOutput(req.Size); err != nil {
+		return fmt.Errorf("%s: %w", filename, err)
+	}
 	if !f.quiet && f.output == "human" {
 		fmt.Fprint(a.out, render.FormattingLine(filename, plugin.Manifest.Name, req.Values))
 	}

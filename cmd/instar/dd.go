@@ -139,7 +139,10 @@ func (a *app) dd(ctx context.Context, f *ddFlags, args []string) error {
 		// An empty output all the same, as dd and qemu-img have it.
 		fmt.Fprintf(a.err, "%s: %s: cannot skip to specified offset\n", a.name, d.input)
 	}
-	source = copier.Slice(source, off, length)
+	source = copier.Pad(copier.Slice(source, off, length), d.osize)
+	if err := a.policy.checkOutput(source.Size); err != nil {
+		return err
+	}
 	opts := copier.Options{Sparse: copier.DefaultSparse}
 	to := &convertFlags{target: f.target, inPlace: f.inPlace}
 	if f.inPlace {

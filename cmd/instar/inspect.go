@@ -33,7 +33,9 @@ func (a *app) inspectCommand() *cobra.Command {
 to is opened. Exit code 0: no rule is broken; 1: one is, or the command failed.
 -f says which format the image must have, and of several that its content fits
 the one as which it is judged.`,
-		RunE: func(cmd *cobra.Command, args []string) error { return a.inspect(cmd.Context(), &f, args) },
+		// Before the limits are taken from it.
+		PreRun: func(*cobra.Command, []string) { a.policy.untrusted = true },
+		RunE:   func(cmd *cobra.Command, args []string) error { return a.inspect(cmd.Context(), &f, args) },
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
@@ -88,11 +90,6 @@ func (a *app) inspect(ctx context.Context, f *inspectFlags, args []string) error
 	}
 	if len(args) != 1 {
 		return usagef("Expecting one image file name")
-	}
-	a.policy.untrusted = true
-	var err error
-	if a.limits, err = a.policy.limits(true); err != nil {
-		return err
 	}
 	opener, err := a.opener()
 	if err != nil {

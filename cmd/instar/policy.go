@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/instar-img/instar/internal/host/launch"
+	"github.com/instar-img/instar/sdk"
 	"github.com/instar-img/instar/sdk/option"
 )
 
@@ -19,7 +20,11 @@ import (
 type policyFlags struct {
 	untrusted bool
 	maxMemory string
+	maxOutput string
 	timeout   time.Duration
+	idle      time.Duration
+
+	environment error // a variable whose value is not understood
 }
 
 // untrustedVariable turns --untrusted on for every command.
@@ -32,27 +37,82 @@ const (
 	// untrustedTimeout ends verbs that look at metadata alone: a plugin that
 	// waits uses no processor time.
 	untrustedTimeout = 2 * time.Minute
+	// untrustedIdle ends verbs that copy, whose time has no bound. A plugin that
+	// puts tens of gigabytes on stable storage before it answers is not idle.
+	untrustedIdle = 5 * time.Minute
 )
 
-func (p *policyFlags) register(flags *pflag.FlagSet) {
-	flags.BoolVar(&p.untrusted, "untrusted", envBool(untrustedVariable), "follow no reference, refuse ambiguous content, limit memory and time ("+untrustedVariable+"=1)")
+// kind is what a verb does with images, which decides about its limits.
+type kind uint8
+
+const (
+	looks  kind = iota // at their metadata
+	reads              // their content
+	writes             // new ones
+)
+
+func (p *policyFlags) register(flags *pflag.FlagSet, verb kind) {
+	on, err := envBool(untrustedVariable)
+	p.environment = err
+	flags.BoolVar(&p.untrusted, "untrusted", on, "follow no reference, refuse ambiguous content, limit memory and time ("+untrustedVariable+"=1)")
 	flags.StringVar(&p.maxMemory, "max-memory", "", "memory that each plugin may use (256M where --untrusted)")
 	flags.DurationVar(&p.timeout, "timeout", 0, "time after which the command ends with an error (2m for metadata where --untrusted)")
+	flags.DurationVar(&p.idle, "idle-timeout", 0, "time for which a plugin may leave a request unanswered (5m where --untrusted)")
+	if verb == writes {
+		flags.StringVar(&p.maxOutput, "max-output", "", "virtual size that the output may have")
+	}
 }
 
-// envBool reports whether an environment variable says yes.
-func envBool(name string) bool {
-	on, err := option.ParseBool(os.Getenv(name))
-	return os.Getenv(name) == "1" || (err == nil && on)
+// envBool reports whether an environment variable says yes. What is neither yes
+// nor no is an error: it must not pass for no.
+func envBool(name string) (bool, error) {
+	switch v := os.Getenv(name); v {
+	case "", "0":
+		return false, nil
+	case "1":
+		return true, nil
+	default:
+		on, err := option.ParseBool(v)
+		if err != nil {
+			return false, fmt.Errorf("%s=%q: accepted are 1, on, yes, true, 0, off, no and false", name, v)
+		}
+		return on, nil
+	}
 }
 
-// limits returns what a plugin may use. bounded verbs look at metadata alone,
-// so that their time can be limited too.
-func (p *policyFlags) limits(bounded bool) (launch.Limits, error) {
+// idleTimeout bounds the wait for each answer of a plugin; 0: it has none.
+func (p *policyFlags) idleTimeout() time.Duration {
+	if p.idle <= 0 && p.untrusted {
+		return untrustedIdle
+	}
+	return max(p.idle, 0)
+}
+
+// checkOutput refuses an output whose virtual size, in bytes, --max-output does
+// not allow. What is written is that at most, and the format's metadata.
+func (p *policyFlags) checkOutput(size int64) error {
+	if p.maxOutput == "" {
+		return nil
+	}
+	most, err := option.ParseSize(p.maxOutput)
+	if err != nil {
+		return usagef("--max-output %s: a size is accepted (100G)", p.maxOutput)
+	}
+	if size < 0 || uint64(size) > most {
+		return fmt.Errorf("the output would have a virtual size of %d bytes, --max-output allows %d: %w", size, most, sdk.ErrTooBig)
+	}
+	return nil
+}
+
+// limits returns what a plugin may use.
+func (p *policyFlags) limits(verb kind) (launch.Limits, error) {
 	var l launch.Limits
+	if p.environment != nil {
+		return l, p.environment
+	}
 	if p.untrusted {
 		l.MemoryBytes = untrustedMemory
-		if bounded {
+		if verb == looks {
 			l.CPUSeconds = untrustedCPUSeconds
 		}
 	}
@@ -72,17 +132,17 @@ type errTimeout struct{ after time.Duration }
 func (e errTimeout) Error() string { return fmt.Sprintf("timed out after %v", e.after) }
 
 // bound adds the policy's flags to a verb and makes it keep them.
-func (a *app) bound(cmd *cobra.Command, metadataOnly bool) *cobra.Command {
-	a.policy.register(cmd.Flags())
+func (a *app) bound(cmd *cobra.Command, verb kind) *cobra.Command {
+	a.policy.register(cmd.Flags(), verb)
 	run := cmd.RunE
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		limits, err := a.policy.limits(metadataOnly)
+		limits, err := a.policy.limits(verb)
 		if err != nil {
 			return err
 		}
 		a.limits = limits
 		timeout := a.policy.timeout
-		if timeout <= 0 && a.policy.untrusted && metadataOnly {
+		if timeout <= 0 && a.policy.untrusted && verb == looks {
 			timeout = untrustedTimeout
 		}
 		if timeout <= 0 {

@@ -115,28 +115,77 @@ func TestOrdinaryUser(t *testing.T) {
 	noSocketDirs(t, runtime)
 }
 
-// INSTAR_UNTRUSTED is --untrusted, and a number that is no size is refused.
+// INSTAR_UNTRUSTED is --untrusted, and what is no value of it is refused, as is
+// a number that is no size.
 func TestPolicyFlags(t *testing.T) {
 	dir := t.TempDir()
 	write(t, dir, "image", newQcow().backing("disk").bytes())
 	write(t, dir, "disk", make([]byte, 1<<20))
 	convert := []string{"convert", "-O", "raw", "image", "out"}
-	for _, on := range []string{"1", "on", "yes", "true"} {
+	for _, on := range []string{"1", "on", "yes", "true", "TRUE", "y"} {
 		r := command{Argv: convert, Dir: dir, Env: []string{"INSTAR_UNTRUSTED=" + on}}.run(t)
-		if on != "yes" && on != "true" || r.Code != 0 {
-			r.oneLine(t)
+		if line := r.oneLine(t); !strings.Contains(line, "references are not followed") {
+			t.Errorf("INSTAR_UNTRUSTED=%s: %s", on, line)
 		}
 	}
-	for _, off := range []string{"0", "off", ""} {
+	for _, odd := range []string{"enabled", "2", " 1", "1 ", "-1", "01"} {
+		for _, words := range [][]string{convert, {"info", "disk"}, {"inspect", "disk"}, {"create", "-f", "raw", "new", "1M"}, {"info", "--untrusted", "disk"}} {
+			r := command{Argv: words, Dir: dir, Env: []string{"INSTAR_UNTRUSTED=" + odd}}.run(t)
+			if line := r.oneLine(t); !strings.Contains(line, "INSTAR_UNTRUSTED=") || !strings.Contains(line, "accepted are 1, on") || r.Stdout != "" {
+				t.Errorf("INSTAR_UNTRUSTED=%q %s: %s%s", odd, words, r.Stdout, line)
+			}
+		}
+	}
+	if got := listing(t, dir); got != "disk image" {
+		t.Errorf("made: %s", got)
+	}
+	for _, off := range []string{"0", "off", "no", "false", ""} {
 		r := command{Argv: convert, Dir: dir, Env: []string{"INSTAR_UNTRUSTED=" + off}}.run(t)
 		if r.Code != 0 {
 			t.Errorf("INSTAR_UNTRUSTED=%s: %s", off, r.Stderr)
 		}
 	}
-	for _, words := range [][]string{{"--max-memory", "lots"}, {"--max-memory", "0"}, {"--max-memory", "-1"}, {"--timeout", "soon"}} {
+	for _, words := range [][]string{{"--max-memory", "lots"}, {"--max-memory", "0"}, {"--max-memory", "-1"}, {"--timeout", "soon"}, {"--idle-timeout", "soon"}, {"--max-output", "1G"}} {
 		r := command{Argv: append([]string{"info", "image"}, words...), Dir: dir}.run(t)
 		if r.Code != 1 || r.Stdout != "" {
 			t.Errorf("%s: exit code %d %s", words, r.Code, r.Stdout)
+		}
+	}
+}
+
+// --max-output refuses by virtual size, before anything is written.
+func TestMaxOutput(t *testing.T) {
+	dir := t.TempDir()
+	write(t, dir, "disk", make([]byte, 2<<20))
+	write(t, dir, "small", make([]byte, 1<<20))
+	write(t, dir, "old", []byte("old"))
+	for _, words := range []string{
+		"convert -O qcow2 disk out", "convert -O qcow2 disk old", "convert small disk out", "convert -n disk small",
+		"convert --for azure disk out", "convert disk -", "dd if=disk of=out", "dd osize=2M if=small of=out",
+		"create -f qcow2 out 2M", "create -f qcow2 -b disk -F raw out", "dd if=disk of=out bs=1k skip=1 count=1025",
+	} {
+		r := command{Argv: append(strings.Fields(words), "--max-output", "1M"), Dir: dir}.run(t)
+		if line := r.oneLine(t); !strings.Contains(line, "--max-output allows 1048576") || r.Stdout != "" {
+			t.Errorf("%s: %s", words, line)
+		}
+		if got := listing(t, dir); got != "disk old small" {
+			t.Errorf("%s: made %s", words, got)
+		}
+		if b, err := os.ReadFile(filepath.Join(dir, "old")); err != nil || string(b) != "old" {
+			t.Errorf("%s: the old file is %.20q %v", words, b, err)
+		}
+	}
+	for _, words := range []string{"convert -O qcow2 small out", "dd if=disk of=out bs=1k skip=1 count=1024", "create -f qcow2 out 1M", "convert -n disk out2 --max-output 2M"} {
+		write(t, dir, "out2", make([]byte, 2<<20))
+		r := command{Argv: append([]string{strings.Fields(words)[0], "--max-output", "1M"}, strings.Fields(words)[1:]...), Dir: dir}.run(t)
+		if r.Code != 0 {
+			t.Errorf("%s: %s", words, r.Stderr)
+		}
+	}
+	for _, no := range []string{"-1", "lots", "1.5.2G"} {
+		r := command{Argv: []string{"convert", "--max-output=" + no, "disk", "out3"}, Dir: dir}.run(t)
+		if r.Code != 1 || !strings.Contains(r.Stderr, "a size is accepted") {
+			t.Errorf("%s: %d %s", no, r.Code, r.Stderr)
 		}
 	}
 }

@@ -203,6 +203,52 @@ func TestHangs(t *testing.T) {
 	})
 }
 
+// A plugin that leaves a request unanswered ends every verb under --untrusted,
+// those that copy too, and so it does by --idle-timeout alone.
+func TestIdle(t *testing.T) {
+	forEach(t, "hang", func(t *testing.T, l *lying, p reached, words []string) {
+		if p.when == "start" {
+			return // the time to start has a limit of its own
+		}
+		r := l.run(append(words, "--idle-timeout", "1s")...)
+		if p.when == "close" && r.Code == 0 {
+			return // nothing depends on the answer
+		}
+		if r.Wall > 30*time.Second {
+			t.Errorf("took %v", r.Wall)
+		}
+		want := "plugin " + l.name + " has not answered for 1s"
+		if p.when == "inspect" { // its verdict is the result
+			if r.Code != 1 || !strings.Contains(r.Stdout, want) || !strings.HasSuffix(r.Stdout, "\nsafe: no\n") {
+				t.Errorf("got %d: %s%s", r.Code, r.Stdout, r.Stderr)
+			}
+			return
+		}
+		if line := r.oneLine(t); !strings.HasSuffix(line, want) {
+			t.Errorf("got %s", line)
+		}
+	})
+	// One that computes for ever does not answer either, one that answers now and
+	// then is not idle.
+	t.Run("spin", func(t *testing.T) {
+		l := install(t, "spin-decode")
+		c := l.command("convert", "-f", l.name, "-O", "raw", "--idle-timeout", "1s", "src", "out")
+		c.CPU = 60
+		r := c.start(t)
+		l.clean()
+		if line := r.oneLine(t); !strings.Contains(line, "has not answered for 1s") {
+			t.Errorf("got %s", line)
+		}
+	})
+	t.Run("slow", func(t *testing.T) {
+		l := install(t, "slow-open")
+		r := l.command("convert", "-f", l.name, "-O", "raw", "--idle-timeout", "3s", "src", "src", "src", "src", "out").run(t)
+		if r.Code != 0 || r.Wall < 3*time.Second {
+			t.Errorf("%d after %v: %s", r.Code, r.Wall, r.Stderr)
+		}
+	})
+}
+
 // Text of a plugin is shown on one line, cut, and without its control
 // characters.
 func TestShouts(t *testing.T) {

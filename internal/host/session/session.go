@@ -5,9 +5,11 @@ package session
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -22,6 +24,9 @@ import (
 // Session is a run of the core.
 type Session struct {
 	Plugins *discover.Set
+	// Idle bounds the wait for each answer of a plugin, and for each part of one
+	// that comes in parts; 0: no bound. It is set before the first plugin starts.
+	Idle time.Duration
 
 	launch  launch.Options
 	mu      sync.Mutex
@@ -68,15 +73,15 @@ func (s *Session) Start(ctx context.Context, p *discover.Plugin) (*client.Format
 		s.running[p.Manifest.Name] = run
 	}
 	s.mu.Unlock()
-	run.once.Do(func() { run.start(ctx, p, s.launch) })
+	run.once.Do(func() { run.start(ctx, p, s.launch, s.Idle) })
 	return run.format, run.err
 }
 
-func (r *plugin) start(ctx context.Context, p *discover.Plugin, o launch.Options) {
+func (r *plugin) start(ctx context.Context, p *discover.Plugin, o launch.Options, idle time.Duration) {
 	if r.process, r.err = launch.Start(ctx, p, o); r.err != nil {
 		return
 	}
-	r.format = client.Connect(&explainedConn{r.process.Conn(), r.process}, r.process, &p.Manifest, func(d sdk.Description) error {
+	r.format = client.Connect(&explainedConn{r.process.Conn(), r.process, idle}, r.process, &p.Manifest, func(d sdk.Description) error {
 		return sameManifest(p, d.Manifest)
 	})
 }
@@ -120,33 +125,101 @@ func explain(p *launch.Process, err error) error {
 	return p.Explain(err)
 }
 
-// explainedConn replaces the transport's errors by what became of the process.
+// IdleError reports a plugin that left a request unanswered.
+type IdleError struct {
+	Plugin string // format name
+	After  time.Duration
+}
+
+func (e *IdleError) Error() string {
+	return fmt.Sprintf("plugin %s has not answered for %v", e.Plugin, e.After)
+}
+
+// explainedConn replaces the transport's errors by what became of the process,
+// and gives up on answers that do not come.
 type explainedConn struct {
 	grpc.ClientConnInterface
 	process *launch.Process
+	idle    time.Duration // 0: waits for ever
+}
+
+// patience ends a context when it is not stopped in time.
+type patience struct {
+	ctx   context.Context
+	end   context.CancelCauseFunc
+	timer *time.Timer // nil: no end
+	idle  time.Duration
+}
+
+func (c *explainedConn) patience(ctx context.Context) *patience {
+	p := &patience{idle: c.idle}
+	p.ctx, p.end = context.WithCancelCause(ctx)
+	if c.idle > 0 {
+		late := &IdleError{Plugin: c.process.Plugin().Manifest.Name, After: c.idle}
+		p.timer = time.AfterFunc(c.idle, func() { p.end(late) })
+	}
+	return p
+}
+
+// start begins the wait for another part of an answer, stop ends it.
+func (p *patience) start() {
+	if p.timer != nil {
+		p.timer.Reset(p.idle)
+	}
+}
+
+func (p *patience) stop() {
+	if p.timer != nil {
+		p.timer.Stop()
+	}
+}
+
+// explain says that the patience has ended where that is why err came about.
+func (p *patience) explain(process *launch.Process, err error) error {
+	var late *IdleError
+	if err != nil && errors.As(context.Cause(p.ctx), &late) {
+		return late
+	}
+	return explain(process, err)
 }
 
 func (c *explainedConn) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
-	return explain(c.process, c.ClientConnInterface.Invoke(ctx, method, args, reply, opts...))
+	p := c.patience(ctx)
+	defer p.end(nil)
+	defer p.stop()
+	return p.explain(c.process, c.ClientConnInterface.Invoke(p.ctx, method, args, reply, opts...))
 }
 
 func (c *explainedConn) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	s, err := c.ClientConnInterface.NewStream(ctx, desc, method, opts...)
+	p := c.patience(ctx)
+	s, err := c.ClientConnInterface.NewStream(p.ctx, desc, method, opts...)
+	p.stop()
 	if err != nil {
-		return nil, explain(c.process, err)
+		err = p.explain(c.process, err)
+		p.end(nil)
+		return nil, err
 	}
-	return &explainedStream{s, c.process}, nil
+	return &explainedStream{s, c.process, p}, nil
 }
 
 type explainedStream struct {
 	grpc.ClientStream
-	process *launch.Process
+	process  *launch.Process
+	patience *patience
 }
 
+// RecvMsg takes the next part of an answer. The time that its taker takes
+// between two of them does not count.
 func (s *explainedStream) RecvMsg(m any) error {
+	s.patience.start()
 	err := s.ClientStream.RecvMsg(m)
-	if err == nil || err == io.EOF { //nolint:errorlint // gRPC returns io.EOF itself
-		return err
+	s.patience.stop()
+	if err == nil {
+		return nil
 	}
-	return explain(s.process, err)
+	if err != io.EOF { //nolint:errorlint // gRPC returns io.EOF itself
+		err = s.patience.explain(s.process, err)
+	}
+	s.patience.end(nil)
+	return err
 }

@@ -46,6 +46,8 @@ func (l liar) at(point string) error {
 	switch l.how {
 	case "hang":
 		time.Sleep(24 * time.Hour) // the runtime would notice select {}
+	case "slow":
+		time.Sleep(time.Second)
 	case "exit":
 		os.Exit(3)
 	case "panic":
