@@ -154,7 +154,7 @@ func (f *Format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, erro
 		return nil, err
 	}
 	r, err := f.rpc.OpenImage(ctx, &pb.OpenImageRequest{
-		Files: tickets, ReadWrite: req.ReadWrite, Check: req.Check, Snapshot: req.Snapshot, Name: req.Name,
+		Files: tickets, ReadWrite: req.ReadWrite, Check: req.Check, Snapshot: wire.Text(req.Snapshot), Name: wire.Text(req.Name),
 	}, grpc.MaxCallRecvMsgSize(maxMessage))
 	if r.GetManifest() == "" || r.GetManifest() != f.prints {
 		if notReady := f.Ready(ctx); notReady != nil {
@@ -253,8 +253,11 @@ func (m *Image) Attach(ctx context.Context, files []sdk.NamedFile) error {
 	return err
 }
 
-// errMapShort: a plugin ended a map before its end.
-var errMapShort = errors.New("plugin's map ends early")
+// A plugin ended a map before its end, or sent a part without extents.
+var (
+	errMapShort = errors.New("plugin's map ends early")
+	errMapEmpty = errors.New("plugin sent a part of a map without extents")
+)
 
 // Map streams the image's extents. Each is inside the range, non-empty and
 // follows on the one before; whether its host range lies inside its file is the
@@ -284,7 +287,7 @@ func (m *Image) Map(ctx context.Context, off, length int64, yield func([]sdk.Ext
 			return err
 		}
 		if len(extents) == 0 {
-			continue
+			return errMapEmpty // no progress, and could go on for ever
 		}
 		last := extents[len(extents)-1]
 		off = last.Offset + last.Length
@@ -390,7 +393,7 @@ func (m *Image) Finish(ctx context.Context) error {
 func (m *Image) ReadBitmap(ctx context.Context, name string, yield func([]sdk.Run) bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stream, err := m.format.rpc.ReadBitmap(ctx, &pb.ReadBitmapRequest{Image: m.id, Name: name}, grpc.MaxCallRecvMsgSize(maxMessage))
+	stream, err := m.format.rpc.ReadBitmap(ctx, &pb.ReadBitmapRequest{Image: m.id, Name: wire.Text(name)}, grpc.MaxCallRecvMsgSize(maxMessage))
 	if err != nil {
 		return wire.FromStatus(err)
 	}
@@ -416,7 +419,7 @@ func (m *Image) WriteBitmap(ctx context.Context, b sdk.BitmapInfo, runs []sdk.Ru
 
 // Inspect implements sdk.Inspector.
 func (m *Image) Inspect(ctx context.Context) (*sdk.Inspection, error) {
-	r, err := m.format.rpc.InspectImage(ctx, &pb.InspectImageRequest{Image: m.id})
+	r, err := m.format.rpc.InspectImage(ctx, &pb.InspectImageRequest{Image: m.id}, grpc.MaxCallRecvMsgSize(maxMessage))
 	if err != nil {
 		return nil, wire.FromStatus(err)
 	}

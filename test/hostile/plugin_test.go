@@ -400,6 +400,14 @@ func TestLies(t *testing.T) {
 	}
 }
 
+// An answer that is too large is said to be, without gRPC's words.
+func TestBigAnswer(t *testing.T) {
+	l := install(t, "info-big")
+	if line := l.run("info", "-f", "info-big", "src").oneLine(t); !strings.HasSuffix(line, "the plugin's answer is too large to be taken") {
+		t.Errorf("got %s", line)
+	}
+}
+
 // A plan for a file that is there is no way to spoil it.
 func TestPlanExisting(t *testing.T) {
 	l := install(t, "plan-existing")

@@ -172,7 +172,7 @@ func (s *Server) OpenImage(ctx context.Context, r *pb.OpenImageRequest) (*pb.Ope
 		return nil, wire.Status(err)
 	}
 	img, err := s.format.Open(ctx, sdk.OpenRequest{
-		Files: named, ReadWrite: r.GetReadWrite(), Check: r.GetCheck(), Snapshot: r.GetSnapshot(), Name: r.GetName(),
+		Files: named, ReadWrite: r.GetReadWrite(), Check: r.GetCheck(), Snapshot: wire.FromText(r.GetSnapshot()), Name: wire.FromText(r.GetName()),
 	})
 	if err != nil {
 		closeAll(opened)
@@ -326,7 +326,7 @@ func (s *Server) DecodeExtents(ctx context.Context, r *pb.DecodeExtentsRequest) 
 	for i, err := range errs {
 		if err != nil {
 			d, _ := wire.Detail(err)
-			resp.Failed = append(resp.Failed, &pb.DecodeFailure{Index: int32(i), Text: err.Error(), Detail: d})
+			resp.Failed = append(resp.Failed, &pb.DecodeFailure{Index: int32(i), Text: wire.Prose(err.Error()), Detail: d})
 		}
 	}
 	return resp, nil
@@ -357,7 +357,7 @@ func (s *Server) CheckImage(r *pb.CheckImageRequest, stream pb.FormatService_Che
 		Message: func(m string) {
 			mu.Lock()
 			defer mu.Unlock()
-			pending.Messages = append(pending.Messages, m)
+			pending.Messages = append(pending.Messages, wire.Prose(m))
 			if len(pending.Messages) >= batch {
 				flush()
 			}
@@ -391,9 +391,12 @@ func (s *Server) InspectImage(ctx context.Context, r *pb.InspectImageRequest) (*
 	if err != nil {
 		return nil, wire.Status(err)
 	}
-	resp := &pb.InspectImageResponse{Features: in.Features}
+	resp := &pb.InspectImageResponse{}
+	for _, f := range in.Features {
+		resp.Features = append(resp.Features, wire.Prose(f))
+	}
 	for _, f := range in.Findings {
-		resp.Findings = append(resp.Findings, &pb.Finding{Rule: f.Rule, Text: f.Text})
+		resp.Findings = append(resp.Findings, &pb.Finding{Rule: f.Rule, Text: wire.Prose(f.Text)})
 	}
 	return resp, nil
 }
@@ -486,7 +489,7 @@ func (s *Server) ReadBitmap(r *pb.ReadBitmapRequest, stream pb.FormatService_Rea
 		return err
 	}
 	var sendErr error
-	err = b.ReadBitmap(stream.Context(), r.GetName(), func(runs []sdk.Run) bool {
+	err = b.ReadBitmap(stream.Context(), wire.FromText(r.GetName()), func(runs []sdk.Run) bool {
 		for len(runs) > 0 && sendErr == nil {
 			n := min(len(runs), mapBatch)
 			sendErr = stream.Send(&pb.ReadBitmapResponse{Runs: wire.Runs(runs[:n])})

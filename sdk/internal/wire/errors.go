@@ -3,6 +3,7 @@ package wire
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strconv"
 	"strings"
 	"syscall"
@@ -48,7 +49,7 @@ func Detail(err error) (*pb.ErrorDetail, codes.Code) {
 	}
 	var oe *option.Error
 	if errors.As(err, &oe) {
-		d.Option = &pb.OptionError{Key: oe.Key, Value: oe.Value, Reason: oe.Reason, Accepted: oe.Accepted, Text: oe.Text}
+		d.Option = &pb.OptionError{Key: Text(oe.Key), Value: Text(oe.Value), Reason: Text(oe.Reason), Accepted: texts(oe.Accepted), Text: Text(oe.Text)}
 		code = codes.InvalidArgument
 	}
 	return d, code
@@ -60,19 +61,19 @@ func Status(err error) error {
 		return nil
 	}
 	if errors.Is(err, context.Canceled) {
-		return status.Error(codes.Canceled, err.Error())
+		return status.Error(codes.Canceled, Prose(err.Error()))
 	}
 	d, code := Detail(err)
-	s, derr := status.New(code, err.Error()).WithDetails(d)
+	s, derr := status.New(code, Prose(err.Error())).WithDetails(d)
 	if derr != nil {
-		return status.Error(code, err.Error())
+		return status.Error(code, Prose(err.Error()))
 	}
 	return s.Err()
 }
 
 // FromStatus is the inverse of Status: the error has the same text, and
-// errors.Is and errors.As find the same class, errno and option error. Errors
-// of the transport itself are returned as they are.
+// errors.Is and errors.As find the same class, errno and option error. Other
+// errors than plugins' own are of the transport: they are put into words.
 func FromStatus(err error) error {
 	s, ok := status.FromError(err)
 	if err == nil || !ok {
@@ -86,10 +87,13 @@ func FromStatus(err error) error {
 			return FromDetail(s.Message(), d)
 		}
 	}
-	if s.Code() != codes.Unavailable && OneLine(s.Message()) != s.Message() {
-		return &remoteError{text: OneLine(s.Message())}
+	switch s.Code() {
+	case codes.Unavailable:
+		return err
+	case codes.ResourceExhausted:
+		return &remoteError{text: "the plugin's answer is too large to be taken", class: sdk.ErrTooBig}
 	}
-	return err
+	return &remoteError{text: fmt.Sprintf("the request to the plugin failed (%v: %s)", s.Code(), OneLine(s.Message()))}
 }
 
 // maxText bounds the text of an error that a plugin sends, in bytes.
@@ -126,7 +130,7 @@ func OneLine(s string) string {
 // FromDetail rebuilds an error of its text and detail.
 func FromDetail(text string, d *pb.ErrorDetail) error {
 	if o := d.GetOption(); o != nil {
-		oe := &option.Error{Key: o.GetKey(), Value: o.GetValue(), Reason: o.GetReason(), Accepted: o.GetAccepted(), Text: o.GetText()}
+		oe := &option.Error{Key: FromText(o.GetKey()), Value: FromText(o.GetValue()), Reason: FromText(o.GetReason()), Accepted: fromTexts(o.GetAccepted()), Text: FromText(o.GetText())}
 		if oe.Error() == text {
 			return oe
 		}

@@ -76,7 +76,7 @@ func OptionValues(v option.Values) []*pb.OptionValue {
 	out := make([]*pb.OptionValue, len(v))
 	for i, x := range v {
 		out[i] = &pb.OptionValue{Key: x.Key, Type: optionTypes.to(x.Type),
-			UintValue: x.Uint, BoolValue: x.Bool, StringValue: x.String, Set: x.Set}
+			UintValue: x.Uint, BoolValue: x.Bool, StringValue: Text(x.String), Set: x.Set}
 	}
 	return out
 }
@@ -89,7 +89,7 @@ func FromOptionValues(in []*pb.OptionValue) (option.Values, error) {
 			return nil, fmt.Errorf("option %q: %w", x.GetKey(), err)
 		}
 		out[i] = option.Value{Key: x.GetKey(), Type: t, Uint: x.GetUintValue(),
-			Bool: x.GetBoolValue(), String: x.GetStringValue(), Set: x.GetSet()}
+			Bool: x.GetBoolValue(), String: FromText(x.GetStringValue()), Set: x.GetSet()}
 	}
 	return out, nil
 }
@@ -99,21 +99,21 @@ func BackingInfo(b *sdk.BackingInfo) *pb.BackingInfo {
 	if b == nil {
 		return nil
 	}
-	return &pb.BackingInfo{Format: b.Format, VirtualSize: b.VirtualSize, Identity: b.Identity, Specific: facts(b.Specific)}
+	return &pb.BackingInfo{Format: Text(b.Format), VirtualSize: b.VirtualSize, Identity: identity(b.Identity), Specific: facts(b.Specific)}
 }
 
 func FromBackingInfo(b *pb.BackingInfo) *sdk.BackingInfo {
 	if b == nil {
 		return nil
 	}
-	return &sdk.BackingInfo{Format: b.GetFormat(), VirtualSize: b.GetVirtualSize(), Identity: b.GetIdentity(), Specific: fromFacts(b.GetSpecific(), 0)}
+	return &sdk.BackingInfo{Format: FromText(b.GetFormat()), VirtualSize: b.GetVirtualSize(), Identity: fromIdentity(b.GetIdentity()), Specific: fromFacts(b.GetSpecific(), 0)}
 }
 
 // CreateRequest and FromCreateRequest convert.
 func CreateRequest(r sdk.CreateRequest) *pb.PlanCreateRequest {
 	return &pb.PlanCreateRequest{
 		Options: OptionValues(r.Options), Size: r.Size, Backing: BackingInfo(r.Backing),
-		BackingName: r.BackingName, Name: r.Name, Compressed: r.Compressed,
+		BackingName: Text(r.BackingName), Name: Text(r.Name), Compressed: r.Compressed,
 		Reproducible: r.Reproducible, Time: r.Time,
 	}
 }
@@ -125,7 +125,7 @@ func FromCreateRequest(r *pb.PlanCreateRequest) (sdk.CreateRequest, error) {
 	}
 	return sdk.CreateRequest{
 		Options: values, Size: r.GetSize(), Backing: FromBackingInfo(r.GetBacking()),
-		BackingName: r.GetBackingName(), Name: r.GetName(), Compressed: r.GetCompressed(),
+		BackingName: FromText(r.GetBackingName()), Name: FromText(r.GetName()), Compressed: r.GetCompressed(),
 		Reproducible: r.GetReproducible(), Time: r.GetTime(),
 	}, nil
 }
@@ -134,7 +134,7 @@ func FromCreateRequest(r *pb.PlanCreateRequest) (sdk.CreateRequest, error) {
 func PlanInfo(p sdk.PlanInfo) *pb.PlanCreateResponse {
 	files := make([]*pb.PlannedFile, len(p.Files))
 	for i, f := range p.Files {
-		files[i] = &pb.PlannedFile{Role: f.Role, Name: f.Name, Length: f.Length, Preallocation: pb.Preallocation(f.Preallocation + 1)}
+		files[i] = &pb.PlannedFile{Role: f.Role, Name: Text(f.Name), Length: f.Length, Preallocation: pb.Preallocation(f.Preallocation + 1)}
 	}
 	return &pb.PlanCreateResponse{VirtualSize: p.VirtualSize, AllocationUnit: p.AllocationUnit,
 		Options: OptionValues(p.Options), Files: files}
@@ -151,7 +151,7 @@ func FromPlanInfo(p *pb.PlanCreateResponse) (sdk.PlanInfo, error) {
 		if pre < 0 || pre > pb.Preallocation(sdk.PreallocFull) {
 			return sdk.PlanInfo{}, fmt.Errorf("planned file %q: unknown preallocation %d", f.GetRole(), f.GetPreallocation())
 		}
-		files[i] = sdk.PlannedFile{Role: f.GetRole(), Name: f.GetName(), Length: f.GetLength(), Preallocation: sdk.Preallocation(pre)}
+		files[i] = sdk.PlannedFile{Role: f.GetRole(), Name: FromText(f.GetName()), Length: f.GetLength(), Preallocation: sdk.Preallocation(pre)}
 	}
 	return sdk.PlanInfo{VirtualSize: p.GetVirtualSize(), AllocationUnit: p.GetAllocationUnit(), Options: values, Files: files}, nil
 }
@@ -161,18 +161,18 @@ func Info(in *sdk.Info) *pb.Info {
 	out := &pb.Info{
 		VirtualSize: in.VirtualSize, AllocationUnit: in.AllocationUnit,
 		Encrypted: in.Encrypted, Compressed: in.Compressed, Dirty: in.Dirty, Corrupt: in.Corrupt, HasBitmaps: in.HasBitmaps,
-		SpecificType: in.SpecificType, Specific: facts(in.Specific), Identity: in.Identity,
+		SpecificType: Text(in.SpecificType), Specific: facts(in.Specific), Identity: identity(in.Identity),
 	}
 	out.Bitmaps = Bitmaps(in.Bitmaps)
 	for _, r := range in.References {
 		out.References = append(out.References, &pb.Reference{
-			Kind: string(r.Kind), Role: r.Role, Name: r.Name, Alternatives: r.Alternatives,
-			Format: r.Format, Required: r.Required, IdentityKey: r.IdentityKey, Identity: r.Identity,
+			Kind: string(r.Kind), Role: r.Role, Name: Text(r.Name), Alternatives: texts(r.Alternatives),
+			Format: Text(r.Format), Required: r.Required, IdentityKey: Text(r.IdentityKey), Identity: Text(r.Identity),
 		})
 	}
 	for _, s := range in.Snapshots {
 		out.Snapshots = append(out.Snapshots, &pb.Snapshot{
-			Id: s.ID, Name: s.Name, VmStateSize: s.VMStateSize, DateSec: s.DateSec, DateNsec: s.DateNsec,
+			Id: Text(s.ID), Name: Text(s.Name), VmStateSize: s.VMStateSize, DateSec: s.DateSec, DateNsec: s.DateNsec,
 			VmClockNsec: s.VMClockNsec, Icount: s.Icount, DiskSize: s.DiskSize,
 		})
 	}
@@ -186,7 +186,7 @@ func FromInfo(in *pb.Info) (*sdk.Info, error) {
 	out := &sdk.Info{
 		VirtualSize: in.GetVirtualSize(), AllocationUnit: in.GetAllocationUnit(),
 		Encrypted: in.GetEncrypted(), Compressed: in.GetCompressed(), Dirty: in.GetDirty(), Corrupt: in.GetCorrupt(), HasBitmaps: in.GetHasBitmaps(),
-		SpecificType: in.GetSpecificType(), Specific: fromFacts(in.GetSpecific(), 0), Identity: in.GetIdentity(),
+		SpecificType: FromText(in.GetSpecificType()), Specific: fromFacts(in.GetSpecific(), 0), Identity: fromIdentity(in.GetIdentity()),
 	}
 	if out.VirtualSize < 0 || out.AllocationUnit < 0 {
 		return nil, fmt.Errorf("plugin sent a negative size (virtual size %d, allocation unit %d)", out.VirtualSize, out.AllocationUnit)
@@ -200,13 +200,13 @@ func FromInfo(in *pb.Info) (*sdk.Info, error) {
 			return nil, fmt.Errorf("plugin sent a reference of unknown kind %q", r.GetKind())
 		}
 		out.References = append(out.References, sdk.Reference{
-			Kind: kind, Role: r.GetRole(), Name: r.GetName(), Alternatives: r.GetAlternatives(),
-			Format: r.GetFormat(), Required: r.GetRequired(), IdentityKey: r.GetIdentityKey(), Identity: r.GetIdentity(),
+			Kind: kind, Role: r.GetRole(), Name: FromText(r.GetName()), Alternatives: fromTexts(r.GetAlternatives()),
+			Format: FromText(r.GetFormat()), Required: r.GetRequired(), IdentityKey: FromText(r.GetIdentityKey()), Identity: FromText(r.GetIdentity()),
 		})
 	}
 	for _, s := range in.GetSnapshots() {
 		out.Snapshots = append(out.Snapshots, sdk.Snapshot{
-			ID: s.GetId(), Name: s.GetName(), VMStateSize: s.GetVmStateSize(), DateSec: s.GetDateSec(), DateNsec: s.GetDateNsec(),
+			ID: FromText(s.GetId()), Name: FromText(s.GetName()), VMStateSize: s.GetVmStateSize(), DateSec: s.GetDateSec(), DateNsec: s.GetDateNsec(),
 			VMClockNsec: s.GetVmClockNsec(), Icount: s.GetIcount(), DiskSize: s.GetDiskSize(),
 		})
 	}
@@ -232,18 +232,18 @@ func FromBitmaps(in []*pb.BitmapInfo) []sdk.BitmapInfo {
 
 // Bitmap and FromBitmap convert one.
 func Bitmap(b sdk.BitmapInfo) *pb.BitmapInfo {
-	return &pb.BitmapInfo{Name: b.Name, Granularity: b.Granularity, Enabled: b.Enabled, Inconsistent: b.Inconsistent}
+	return &pb.BitmapInfo{Name: Text(b.Name), Granularity: b.Granularity, Enabled: b.Enabled, Inconsistent: b.Inconsistent}
 }
 
 func FromBitmap(b *pb.BitmapInfo) sdk.BitmapInfo {
-	return sdk.BitmapInfo{Name: b.GetName(), Granularity: b.GetGranularity(), Enabled: b.GetEnabled(), Inconsistent: b.GetInconsistent()}
+	return sdk.BitmapInfo{Name: FromText(b.GetName()), Granularity: b.GetGranularity(), Enabled: b.GetEnabled(), Inconsistent: b.GetInconsistent()}
 }
 
 func facts(in []sdk.Fact) []*pb.Fact {
 	out := make([]*pb.Fact, len(in))
 	for i := range in {
 		f := &in[i]
-		p := &pb.Fact{Name: f.Name}
+		p := &pb.Fact{Name: Text(f.Name)}
 		switch {
 		case f.Bool != nil:
 			p.Value = &pb.Fact_BoolValue{BoolValue: *f.Bool}
@@ -252,7 +252,7 @@ func facts(in []sdk.Fact) []*pb.Fact {
 		case f.Uint != nil:
 			p.Value = &pb.Fact_UintValue{UintValue: *f.Uint}
 		case f.String != nil:
-			p.Value = &pb.Fact_StringValue{StringValue: *f.String}
+			p.Value = &pb.Fact_StringValue{StringValue: Text(*f.String)}
 		case f.FileRole != "":
 			p.Value = &pb.Fact_FileRole{FileRole: f.FileRole}
 		case f.IsObject:
@@ -274,7 +274,7 @@ func fromFacts(in []*pb.Fact, depth int) []sdk.Fact {
 	}
 	out := make([]sdk.Fact, 0, len(in))
 	for _, p := range in {
-		name := p.GetName()
+		name := FromText(p.GetName())
 		switch v := p.GetValue().(type) {
 		case *pb.Fact_BoolValue:
 			out = append(out, sdk.BoolFact(name, v.BoolValue))
@@ -283,7 +283,7 @@ func fromFacts(in []*pb.Fact, depth int) []sdk.Fact {
 		case *pb.Fact_UintValue:
 			out = append(out, sdk.UintFact(name, v.UintValue))
 		case *pb.Fact_StringValue:
-			out = append(out, sdk.StringFact(name, v.StringValue))
+			out = append(out, sdk.StringFact(name, FromText(v.StringValue)))
 		case *pb.Fact_FileRole:
 			out = append(out, sdk.PathFact(name, v.FileRole))
 		case *pb.Fact_Object:

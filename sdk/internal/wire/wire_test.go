@@ -4,10 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"syscall"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/instar-img/instar/sdk"
 	"github.com/instar-img/instar/sdk/option"
@@ -102,6 +107,91 @@ func TestErrorsKeepTheirClass(t *testing.T) {
 	if FromStatus(nil) != nil || Status(nil) != nil {
 		t.Error("nil became an error")
 	}
+}
+
+// Names are bytes and come back as such, through messages that are UTF-8.
+func TestNamesAreBytes(t *testing.T) {
+	for _, name := range []string{
+		"", "plain", "ünïcode", "\xff\xfe", "a\xffb\x80", "\x9b2J", "\xed\xa0\x80", "\x00", "\U0010ff7f",
+		"\U0010ff80", "\U0010ffff", "\xf4\x8f\xbe", "\xf4\x8f\xbf\xc0", "\ufffd\xff", "\xc3",
+	} {
+		b, err := proto.Marshal(&pb.OpenImageResponse{Info: Info(&sdk.Info{
+			References: []sdk.Reference{{Kind: sdk.RefBacking, Name: name, Alternatives: []string{name}, Format: name, IdentityKey: name, Identity: name}},
+			Snapshots:  []sdk.Snapshot{{ID: name, Name: name}}, Bitmaps: []sdk.BitmapInfo{{Name: name}},
+			Specific: []sdk.Fact{sdk.StringFact(name, name), sdk.ListFact(name, sdk.ObjectFact(name))}, SpecificType: name,
+			Identity: map[string]string{"k" + name: name},
+		})})
+		if err != nil {
+			t.Errorf("%q: %v", name, err)
+			continue
+		}
+		var m pb.OpenImageResponse
+		if err := proto.Unmarshal(b, &m); err != nil {
+			t.Fatal(err)
+		}
+		got, err := FromInfo(m.GetInfo())
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := []string{
+			got.References[0].Name, got.References[0].Alternatives[0], got.References[0].Format, got.References[0].IdentityKey,
+			got.References[0].Identity, got.Snapshots[0].ID, got.Snapshots[0].Name, got.Bitmaps[0].Name, got.Specific[0].Name,
+			*got.Specific[0].String, got.Specific[1].Name, got.Specific[1].List[0].Name, got.SpecificType, got.Identity["k"+name],
+		}
+		for i, s := range all {
+			if s != name {
+				t.Errorf("%q came back as %q (%d)", name, s, i)
+			}
+		}
+		b, err = proto.Marshal(CreateRequest(sdk.CreateRequest{
+			Options: option.Values{{Key: "backing_file", String: name}}, BackingName: name, Name: name,
+			Backing: &sdk.BackingInfo{Format: name, Identity: map[string]string{"k": name}},
+		}))
+		if err != nil {
+			t.Errorf("%q: %v", name, err)
+			continue
+		}
+		var r pb.PlanCreateRequest
+		if err := proto.Unmarshal(b, &r); err != nil {
+			t.Fatal(err)
+		}
+		req, err := FromCreateRequest(&r)
+		if err != nil || req.Name != name || req.BackingName != name || req.Options[0].String != name || req.Backing.Format != name || req.Backing.Identity["k"] != name {
+			t.Errorf("%q came back as %+v (%v)", name, req, err)
+		}
+		err = FromStatus(Status(fmt.Errorf("snapshot %s: %w", name, sdk.ErrCorrupt)))
+		if !errors.Is(err, sdk.ErrCorrupt) {
+			t.Errorf("%q in an error: %v lost its class", name, err)
+		}
+		var oe *option.Error
+		if !errors.As(FromStatus(Status(&option.Error{Key: "k", Value: name})), &oe) || oe.Value != name {
+			t.Errorf("%q in an option error: %+v", name, oe)
+		}
+	}
+}
+
+func FuzzText(f *testing.F) {
+	f.Add("plain \xff \U0010ff80 \xf4\x8f")
+	f.Fuzz(func(t *testing.T, s string) {
+		out := Text(s)
+		if !utf8.ValidString(out) || FromText(out) != s || len(out) > 4*len(s) {
+			t.Errorf("%q became %q and then %q", s, out, FromText(out))
+		}
+		FromText(s) // what a plugin sends
+	})
+}
+
+// Errors of gRPC itself are put into words, and a class where there is one.
+func TestTransportErrors(t *testing.T) {
+	err := FromStatus(status.Error(codes.ResourceExhausted, "grpc: received message larger than max (2 vs. 1)"))
+	if !errors.Is(err, sdk.ErrTooBig) || err.Error() != "the plugin's answer is too large to be taken" {
+		t.Errorf("got %v", err)
+	}
+	err = FromStatus(status.Error(codes.Internal, "grpc: error while marshaling\x1b: x"))
+	if got := err.Error(); strings.Contains(got, "rpc error") || !strings.Contains(got, "error while marshaling") {
+		t.Errorf("got %s", got)
+	}
+	checkLine(t, err.Error())
 }
 
 func TestInfoRoundTrip(t *testing.T) {
