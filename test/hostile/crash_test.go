@@ -73,6 +73,38 @@ func TestKilled(t *testing.T) {
 	}
 }
 
+// The same of an image of several files, which are those of one image at each
+// moment: internal/host/output kills between any two steps.
+func TestKilledSeveral(t *testing.T) {
+	rng := rand.New(rand.NewPCG(seed, 3))
+	for _, subformat := range []string{"monolithicFlat", "twoGbMaxExtentSparse"} {
+		t.Run(subformat, func(t *testing.T) {
+			dir, runtime := work(t), runtimeDir(t)
+			env := []string{"XDG_RUNTIME_DIR=" + runtime}
+			write(t, dir, "newer", bytes.Repeat([]byte("newer..!"), 8<<20/8))
+			from := func(name string) command {
+				return command{Argv: strings.Fields("-v convert -f raw -O vmdk -o subformat=" + subformat + " " + name + " out.vmdk"), Dir: dir, Env: env}
+			}
+			same := func(name string) bool {
+				return (command{Argv: []string{"compare", "-f", "raw", "-F", "vmdk", name, "out.vmdk"}, Dir: dir, Env: env}).run(t).Code == 0
+			}
+			whole := from("disk").run(t)
+			for range 8 {
+				if r := from("disk").run(t); r.Code != 0 || strings.Contains(r.Stderr, "moved away") || !same("disk") {
+					t.Fatal(r.Stderr)
+				}
+				c := from("newer")
+				c.Kill = time.Millisecond + time.Duration(rng.Int64N(int64(whole.Wall)))
+				c.start(t)
+				if !same("disk") && !same("newer") {
+					t.Errorf("after %v: neither the old image nor the new one: %s", c.Kill, listing(t, dir))
+				}
+			}
+			noSocketDirs(t, runtime)
+		})
+	}
+}
+
 // With -n a killed convert may leave any guest content, but an image that can
 // be opened, and checked without corruptions.
 func TestKilledInPlace(t *testing.T) {

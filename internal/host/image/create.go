@@ -68,7 +68,7 @@ func emit(ctx context.Context, format sdk.Creator, req *CreateRequest, opts Targ
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	set, files, err := begin(ctx, req, plan.Info())
+	set, files, err := begin(ctx, format, req, plan.Info())
 	if err != nil {
 		return nil, nil, nil, err
 	}
@@ -103,7 +103,7 @@ func furtherName(req *CreateRequest, name string) error {
 }
 
 // begin makes the files that a plan wants.
-func begin(ctx context.Context, req *CreateRequest, plan sdk.PlanInfo) (_ *output.Set, _ []sdk.NamedFile, err error) {
+func begin(ctx context.Context, format sdk.Creator, req *CreateRequest, plan sdk.PlanInfo) (_ *output.Set, _ []sdk.NamedFile, err error) {
 	if len(plan.Files) == 0 || plan.Files[0].Role != sdk.RoleMain {
 		return nil, nil, fmt.Errorf("plugin %s planned no main file", req.Plugin.Manifest.Name)
 	}
@@ -111,6 +111,7 @@ func begin(ctx context.Context, req *CreateRequest, plan sdk.PlanInfo) (_ *outpu
 		Nocow:          req.Values.BoolOr(keyNocow, false),
 		ExtentSizeHint: int64(req.Values.UintOr(keyExtentHint, output.DefaultExtentSizeHint)),
 		Sync:           req.Sync,
+		Interim:        interim(ctx, format, req, plan),
 		Log:            req.Log,
 	})
 	if err != nil {

@@ -50,6 +50,10 @@ type Options struct {
 	// Sync waits until everything is on stable storage before Commit returns.
 	// What replaces a file is there in any case before it has the name.
 	Sync bool
+	// Interim writes to to what main holds, with further files named otherwise:
+	// names has the new name, of the same length, of each. An error says that
+	// this cannot be done. Nil: it cannot.
+	Interim func(main, to *os.File, names map[string]string) error
 	// Log is told what a user may want to know: that a target is written in
 	// place, and why. May be nil.
 	Log func(string)
@@ -87,8 +91,10 @@ type file struct {
 	way      way
 
 	prealloc sdk.Preallocation
-	done     bool   // has its name
-	backup   string // name in dir under which the old file is kept until all are done
+	done     bool     // has its name
+	backup   string   // name in dir under which the old file is kept until all are done
+	second   string   // name in dir that f has besides, until all are done
+	instead  *os.File // what has the name in place of old meanwhile
 }
 
 // Set is the files of one image. Its methods are for one goroutine, but for
@@ -389,7 +395,8 @@ func (fl *file) prepareDirect(length int64, p sdk.Preallocation) error {
 // Commit makes the files appear under their names, the main file last, and
 // closes them. When it fails none of the new files exists, and the old ones are
 // as they were; where one had to be written in place and that failed midway,
-// the error says so.
+// the error says so. A process that is killed meanwhile leaves the old files, or
+// all the new ones, but for what several.go says.
 func (s *Set) Commit() (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -398,6 +405,7 @@ func (s *Set) Commit() (err error) {
 	}
 	s.closed = true
 	order := append(append([]*file(nil), s.files[1:]...), s.files[0])
+	publish := order
 	defer func() {
 		for i := len(order) - 1; err != nil && i >= 0; i-- {
 			if undone := order[i].undo(); undone != nil {
@@ -429,7 +437,16 @@ func (s *Set) Commit() (err error) {
 			}
 		}
 	}
-	for _, fl := range order {
+	if s.meetsOld() {
+		first, err := s.clear()
+		if err != nil {
+			return err
+		}
+		if first != nil {
+			order = append([]*file{first}, order...)
+		}
+	}
+	for _, fl := range publish {
 		if err := s.opts.fail("publish " + filepath.Base(fl.path)); err != nil {
 			return cannotCreate(fl.path, err)
 		}
@@ -437,12 +454,12 @@ func (s *Set) Commit() (err error) {
 			return err
 		}
 	}
-	for _, fl := range order {
+	for _, fl := range publish {
 		if s.opts.Sync && fl.way != direct {
 			syncDir(fl.dir)
 		}
 	}
-	return nil
+	return s.opts.fail("published")
 }
 
 func (s *Set) publish(fl *file) error {
@@ -464,7 +481,7 @@ func (s *Set) publish(fl *file) error {
 		if err == nil {
 			break
 		}
-		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EXDEV) {
+		if fl.instead != nil || !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EXDEV) {
 			return cannotCreate(fl.path, err)
 		}
 		s.opts.Log(fl.path + ": written in place: it cannot be replaced (" + errno.Reason(err) + ")")
@@ -492,7 +509,11 @@ func (fl *file) unchanged() error {
 	if err := unix.Fstatat(int(fl.dir.Fd()), fl.base, &now, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return cannotCreate(fl.path, err)
 	}
-	if err := unix.Fstat(int(fl.old.Fd()), &old); err != nil {
+	expected := fl.old
+	if fl.instead != nil {
+		expected = fl.instead
+	}
+	if err := unix.Fstat(int(expected.Fd()), &old); err != nil {
 		return cannotCreate(fl.path, err)
 	}
 	if now.Dev != old.Dev || now.Ino != old.Ino {
@@ -577,12 +598,12 @@ func (s *Set) Abort() {
 
 // drop closes fl's files and removes what has a temporary name.
 func (fl *file) drop() {
-	for _, name := range []string{fl.tmp, fl.backup} {
+	for _, name := range []string{fl.tmp, fl.backup, fl.second} {
 		if name != "" {
 			_ = unix.Unlinkat(int(fl.dir.Fd()), name, 0)
 		}
 	}
-	fl.tmp, fl.backup = "", ""
+	fl.tmp, fl.backup, fl.second = "", "", ""
 	for _, f := range []*os.File{fl.f, fl.old} {
 		if f != nil {
 			lock.Release(f) // a plugin that is ending may still have it open
