@@ -202,7 +202,7 @@ func (a *app) session() (*session.Session, error) {
 		a.logf("%v", r)
 	}
 	a.current = session.New(plugins, launch.Options{Logger: a.logger(), Limits: a.limits})
-	a.current.Idle = a.policy.idleTimeout()
+	a.current.Bounds = a.policy.bounds()
 	return a.current, nil
 }
 

@@ -100,8 +100,7 @@ func (a *app) check(ctx context.Context, f *checkFlags, args []string) error {
 		if c.result == nil || f.quiet {
 			return nil
 		}
-		out.add(c.name, render.RepairedText(c.repaired)+render.CheckText(c.result), render.CheckObject(c.name, c.format, c.result))
-		return nil
+		return out.add(c.name, render.RepairedText(c.repaired)+render.CheckText(c.result), render.CheckObject(c.name, c.format, c.result))
 	}
 	if !out.many {
 		c, err := work(ctx, 0, args[0])
@@ -125,7 +124,7 @@ func (a *app) check(ctx context.Context, f *checkFlags, args []string) error {
 		err = errors.Join(err, emit(c))
 	}
 	if !f.quiet {
-		out.close()
+		err = errors.Join(err, out.close())
 	}
 	return err
 }

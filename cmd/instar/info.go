@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"os"
 	"strings"
 
@@ -114,8 +115,7 @@ func (a *app) info(ctx context.Context, f *infoFlags, args []string) error {
 	}
 	emit := func(images []render.Image) error {
 		if f.output == "human" {
-			out.add("", render.InfoText(images, style), nil)
-			return nil
+			return out.add("", render.InfoText(images, style), nil)
 		}
 		// With --backing-chain an image is an array itself.
 		var object any = images[0].Object(style)
@@ -126,8 +126,7 @@ func (a *app) info(ctx context.Context, f *infoFlags, args []string) error {
 			}
 			object = chain
 		}
-		out.add("", "", object)
-		return nil
+		return out.add("", "", object)
 	}
 	if !out.many {
 		short()
@@ -138,8 +137,7 @@ func (a *app) info(ctx context.Context, f *infoFlags, args []string) error {
 		return emit(images)
 	}
 	err = each(ctx, a, args, work, emit)
-	out.close()
-	return err
+	return errors.Join(err, out.close())
 }
 
 // describeChain opens one image and collects what info shows of it.

@@ -5,16 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
+	"io"
 	"sync"
 
 	"github.com/instar-img/instar/cmd/instar/internal/render"
 )
-
-// inFlight is how many images of one command are worked on at a time: the
-// cores, and as many again to wait for disks and plugins. It bounds the files
-// that are open.
-func inFlight() int { return 2 * runtime.GOMAXPROCS(0) }
 
 // each works on names side by side and emits the results in the order of the
 // names. A name whose work fails is reported and the rest go on; the result is
@@ -33,7 +28,7 @@ func each[T any](ctx context.Context, a *app, names []string, work func(context.
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	slots := make(chan struct{}, inFlight())
+	slots := make(chan struct{}, a.policy.inFlight())
 	wg.Go(func() {
 		for i, name := range names {
 			select {
@@ -80,7 +75,7 @@ type results struct {
 	app     *app
 	output  string
 	many    bool
-	objects []any
+	array   *render.Array // of many
 	printed bool
 }
 
@@ -97,15 +92,19 @@ func (a *app) checkResults(output string, names int) (*results, error) {
 }
 
 // add prints the result for one image, in the form asked for. text begins with
-// the image's name where the verb's text does not say it itself.
-func (r *results) add(name, text string, object any) {
+// the image's name where the verb's text does not say it itself. Nothing is kept:
+// results can be large, and many.
+func (r *results) add(name, text string, object any) error {
 	switch {
 	case r.output == "ndjson":
-		fmt.Fprintf(r.app.out, "%s", render.Line(object))
+		return render.WriteLine(r.app.out, object)
 	case r.output == "json" && r.many:
-		r.objects = append(r.objects, object)
+		if r.array == nil {
+			r.array = render.NewArray(r.app.out)
+		}
+		return r.array.Add(object)
 	case r.output == "json":
-		fmt.Fprintf(r.app.out, "%s", render.Pretty(object))
+		return render.WritePretty(r.app.out, object)
 	case r.many:
 		if r.printed {
 			fmt.Fprintln(r.app.out)
@@ -114,17 +113,20 @@ func (r *results) add(name, text string, object any) {
 		if name != "" {
 			text = "image: " + r.app.shown(name) + "\n" + text
 		}
-		fmt.Fprint(r.app.out, text)
-	default:
-		fmt.Fprint(r.app.out, text)
 	}
+	_, err := io.WriteString(r.app.out, text)
+	return err
 }
 
-// close prints what is kept until all is known.
-func (r *results) close() {
-	if r.output == "json" && r.many {
-		fmt.Fprintf(r.app.out, "%s", render.Pretty(r.objects))
+// close ends what is printed.
+func (r *results) close() error {
+	if r.output != "json" || !r.many {
+		return nil
 	}
+	if r.array == nil {
+		r.array = render.NewArray(r.app.out)
+	}
+	return r.array.Close()
 }
 
 // shown is a name as it is printed.

@@ -108,8 +108,7 @@ func (a *app) measure(ctx context.Context, f *measureFlags, args []string) error
 		return err
 	}
 	emit := func(m *measured) error {
-		out.add(m.name, render.MeasureText(m.result), measureObject(m, out.many))
-		return nil
+		return out.add(m.name, render.MeasureText(m.result), measureObject(m, out.many))
 	}
 	if len(args) == 0 {
 		size, err := parseImageSize(f.size)
@@ -137,8 +136,7 @@ func (a *app) measure(ctx context.Context, f *measureFlags, args []string) error
 		return emit(m)
 	}
 	err = each(ctx, a, args, work, emit)
-	out.close()
-	return err
+	return errors.Join(err, out.close())
 }
 
 // measureTarget is what is to be made.

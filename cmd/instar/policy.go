@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"runtime"
 	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
 	"github.com/instar-img/instar/internal/host/launch"
+	"github.com/instar-img/instar/internal/host/session"
 	"github.com/instar-img/instar/sdk"
 	"github.com/instar-img/instar/sdk/option"
 )
@@ -40,6 +42,10 @@ const (
 	// untrustedIdle ends verbs that copy, whose time has no bound. A plugin that
 	// puts tens of gigabytes on stable storage before it answers is not idle.
 	untrustedIdle = 5 * time.Minute
+	// untrustedAnswer bounds what the core holds of an image, of which it may hold
+	// several, and each a few times over.
+	untrustedAnswer   = 4 << 20
+	untrustedInFlight = 8
 )
 
 // kind is what a verb does with images, which decides about its limits.
@@ -80,12 +86,27 @@ func envBool(name string) (bool, error) {
 	}
 }
 
-// idleTimeout bounds the wait for each answer of a plugin; 0: it has none.
-func (p *policyFlags) idleTimeout() time.Duration {
-	if p.idle <= 0 && p.untrusted {
-		return untrustedIdle
+// bounds returns what bounds answers of plugins.
+func (p *policyFlags) bounds() session.Bounds {
+	b := session.Bounds{Idle: max(p.idle, 0)}
+	if p.untrusted {
+		b.Bytes = untrustedAnswer
+		if b.Idle == 0 {
+			b.Idle = untrustedIdle
+		}
 	}
-	return max(p.idle, 0)
+	return b
+}
+
+// inFlight is how many images of one command are worked on at a time: the
+// cores, and as many again to wait for disks and plugins. It bounds the files
+// that are open, and under --untrusted the answers that are held in memory.
+func (p *policyFlags) inFlight() int {
+	n := 2 * runtime.GOMAXPROCS(0)
+	if p.untrusted {
+		n = min(n, untrustedInFlight)
+	}
+	return n
 }
 
 // checkOutput refuses an output whose virtual size, in bytes, --max-output does

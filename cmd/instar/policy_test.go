@@ -42,8 +42,8 @@ func TestUntrustedIsBounded(t *testing.T) {
 		if bounded := cmd.Context().Err() != nil; bounded != x.bounded {
 			t.Errorf("%q: bounded %v, want %v", x.args, bounded, x.bounded)
 		}
-		if a.limits.CPUSeconds != x.cpu || a.policy.idleTimeout() != x.idle {
-			t.Errorf("%q: %d s of processor time, idle for %v; want %d and %v", x.args, a.limits.CPUSeconds, a.policy.idleTimeout(), x.cpu, x.idle)
+		if a.limits.CPUSeconds != x.cpu || a.policy.bounds().Idle != x.idle {
+			t.Errorf("%q: %d s of processor time, idle for %v; want %d and %v", x.args, a.limits.CPUSeconds, a.policy.bounds().Idle, x.cpu, x.idle)
 		}
 	}
 }

@@ -4,6 +4,8 @@ package hostile
 
 import (
 	"bytes"
+	"encoding/binary"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -186,6 +188,54 @@ func TestMaxOutput(t *testing.T) {
 		r := command{Argv: []string{"convert", "--max-output=" + no, "disk", "out3"}, Dir: dir}.run(t)
 		if r.Code != 1 || !strings.Contains(r.Stderr, "a size is accepted") {
 			t.Errorf("%s: %d %s", no, r.Code, r.Stderr)
+		}
+	}
+}
+
+// manySnapshots is a qcow2 whose snapshots have names of control characters, each
+// of which is six bytes in JSON. Its table is about so many bytes long.
+func manySnapshots(length int) []byte {
+	q := newQcow()
+	name := bytes.Repeat([]byte("\x1b"), 770)
+	var table []byte
+	n := uint64(0)
+	for ; len(table) < length; n++ {
+		id := fmt.Sprint(n)
+		e := make([]byte, 56)
+		binary.BigEndian.PutUint16(e[12:], uint16(len(id)))
+		binary.BigEndian.PutUint16(e[14:], uint16(len(name)))
+		binary.BigEndian.PutUint32(e[36:], 16)
+		binary.BigEndian.PutUint64(e[48:], q.size)
+		e = append(append(e, id...), name...)
+		table = append(table, append(e, make([]byte, -len(e)&7)...)...)
+	}
+	q.snapshots, q.snapshotsOffset = n, 6*cluster
+	q.put(6*cluster, table)
+	q.length += int64(len(table)+cluster-1) / cluster * cluster
+	return q.bytes()
+}
+
+// Names that fill the metadata neither fill the memory, which each run here
+// checks, nor is anything left out of what is printed.
+func TestMuchMetadata(t *testing.T) {
+	dir := t.TempDir()
+	write(t, dir, "large", manySnapshots(3500<<10))
+	large := strings.Fields("large large large large large large large large")
+	for _, output := range []string{"human", "json", "ndjson"} {
+		for _, names := range [][]string{large[:1], large} {
+			r := command{Argv: append([]string{"info", "--untrusted", "--output", output}, names...), Dir: dir, CPU: 30}.start(t)
+			if r.Code != 0 || len(r.Stdout) != maxOutput || r.MaxRSS > memoryMost {
+				t.Errorf("%s of %d: exit code %d, %d bytes, %d MiB of memory: %s", output, len(names), r.Code, len(r.Stdout), r.MaxRSS>>20, clip(r.Stderr))
+			}
+		}
+	}
+	// There is an end, and it is an error like any other.
+	write(t, dir, "huge", manySnapshots(17<<20))
+	for _, words := range []string{"info huge", "info --untrusted huge", "info --output json huge huge", "convert -O raw huge out"} {
+		for _, line := range strings.SplitAfter(strings.TrimSpace(command{Argv: strings.Fields(words), Dir: dir}.run(t).Stderr), "\n") {
+			if !strings.HasSuffix(strings.TrimSpace(line), "the plugin's answer is too large to be taken") {
+				t.Errorf("%s: %s", words, line)
+			}
 		}
 	}
 }

@@ -24,14 +24,22 @@ import (
 // Session is a run of the core.
 type Session struct {
 	Plugins *discover.Set
-	// Idle bounds the wait for each answer of a plugin, and for each part of one
-	// that comes in parts; 0: no bound. It is set before the first plugin starts.
-	Idle time.Duration
+	Bounds  Bounds
 
 	launch  launch.Options
 	mu      sync.Mutex
 	running map[string]*plugin // by canonical name
 	closed  bool
+}
+
+// Bounds are those of answers of plugins. They are set before the first plugin
+// starts.
+type Bounds struct {
+	// Idle bounds the wait for each answer, and for each part of one that comes
+	// in parts; 0: no bound.
+	Idle time.Duration
+	// Bytes bounds the length of each, and of each part; 0: the wire's own bound.
+	Bytes int
 }
 
 // plugin is started by the first who asks; the others wait.
@@ -73,15 +81,15 @@ func (s *Session) Start(ctx context.Context, p *discover.Plugin) (*client.Format
 		s.running[p.Manifest.Name] = run
 	}
 	s.mu.Unlock()
-	run.once.Do(func() { run.start(ctx, p, s.launch, s.Idle) })
+	run.once.Do(func() { run.start(ctx, p, s.launch, s.Bounds) })
 	return run.format, run.err
 }
 
-func (r *plugin) start(ctx context.Context, p *discover.Plugin, o launch.Options, idle time.Duration) {
+func (r *plugin) start(ctx context.Context, p *discover.Plugin, o launch.Options, bounds Bounds) {
 	if r.process, r.err = launch.Start(ctx, p, o); r.err != nil {
 		return
 	}
-	r.format = client.Connect(&explainedConn{r.process.Conn(), r.process, idle}, r.process, &p.Manifest, func(d sdk.Description) error {
+	r.format = client.Connect(&explainedConn{r.process.Conn(), r.process, bounds}, r.process, &p.Manifest, func(d sdk.Description) error {
 		return sameManifest(p, d.Manifest)
 	})
 }
@@ -136,11 +144,19 @@ func (e *IdleError) Error() string {
 }
 
 // explainedConn replaces the transport's errors by what became of the process,
-// and gives up on answers that do not come.
+// and gives up on answers that do not come, or not to an end.
 type explainedConn struct {
 	grpc.ClientConnInterface
 	process *launch.Process
-	idle    time.Duration // 0: waits for ever
+	bounds  Bounds
+}
+
+// options adds what bounds the length of answers; of two such the last counts.
+func (c *explainedConn) options(opts []grpc.CallOption) []grpc.CallOption {
+	if c.bounds.Bytes == 0 {
+		return opts
+	}
+	return append(opts[:len(opts):len(opts)], grpc.MaxCallRecvMsgSize(c.bounds.Bytes))
 }
 
 // patience ends a context when it is not stopped in time.
@@ -152,11 +168,11 @@ type patience struct {
 }
 
 func (c *explainedConn) patience(ctx context.Context) *patience {
-	p := &patience{idle: c.idle}
+	p := &patience{idle: c.bounds.Idle}
 	p.ctx, p.end = context.WithCancelCause(ctx)
-	if c.idle > 0 {
-		late := &IdleError{Plugin: c.process.Plugin().Manifest.Name, After: c.idle}
-		p.timer = time.AfterFunc(c.idle, func() { p.end(late) })
+	if c.bounds.Idle > 0 {
+		late := &IdleError{Plugin: c.process.Plugin().Manifest.Name, After: c.bounds.Idle}
+		p.timer = time.AfterFunc(c.bounds.Idle, func() { p.end(late) })
 	}
 	return p
 }
@@ -187,12 +203,12 @@ func (c *explainedConn) Invoke(ctx context.Context, method string, args, reply a
 	p := c.patience(ctx)
 	defer p.end(nil)
 	defer p.stop()
-	return p.explain(c.process, c.ClientConnInterface.Invoke(p.ctx, method, args, reply, opts...))
+	return p.explain(c.process, c.ClientConnInterface.Invoke(p.ctx, method, args, reply, c.options(opts)...))
 }
 
 func (c *explainedConn) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	p := c.patience(ctx)
-	s, err := c.ClientConnInterface.NewStream(p.ctx, desc, method, opts...)
+	s, err := c.ClientConnInterface.NewStream(p.ctx, desc, method, c.options(opts)...)
 	p.stop()
 	if err != nil {
 		err = p.explain(c.process, err)

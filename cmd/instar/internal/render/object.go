@@ -2,6 +2,7 @@ package render
 
 import (
 	"fmt"
+	"io"
 	"sort"
 	"strconv"
 	"strings"
@@ -77,7 +78,7 @@ func bucket(key string) uint32 {
 	return (1103515243*h + 12345) % 512
 }
 
-// Pretty writes a value over several lines, indented by four spaces, with a
+// Pretty returns a value over several lines, indented by four spaces, with a
 // newline at its end.
 func Pretty(value any) []byte {
 	w := jsonWriter{pretty: true}
@@ -85,20 +86,82 @@ func Pretty(value any) []byte {
 	return append(w.out, '\n')
 }
 
-// Line writes a value on one line, with a newline at its end.
+// Line returns a value on one line, with a newline at its end.
 func Line(value any) []byte {
 	var w jsonWriter
 	w.value(value)
 	return append(w.out, '\n')
 }
 
+// WritePretty and WriteLine write what Pretty and Line return, piece by piece:
+// the text can be many times as long as what it is made of.
+func WritePretty(to io.Writer, value any) error { return write(to, value, true) }
+
+func WriteLine(to io.Writer, value any) error { return write(to, value, false) }
+
+func write(to io.Writer, value any, pretty bool) error {
+	w := jsonWriter{to: to, pretty: pretty}
+	w.value(value)
+	w.out = append(w.out, '\n')
+	w.flush()
+	return w.err
+}
+
+// Array writes an array like WritePretty, element by element.
+type Array struct {
+	w     jsonWriter
+	count int
+}
+
+// NewArray begins an array.
+func NewArray(to io.Writer) *Array {
+	a := &Array{w: jsonWriter{to: to, pretty: true}}
+	a.w.out = append(a.w.out, '[')
+	a.w.depth++
+	return a
+}
+
+// Add writes an element.
+func (a *Array) Add(value any) error {
+	a.w.separate(a.count)
+	a.count++
+	a.w.value(value)
+	a.w.flush()
+	return a.w.err
+}
+
+// Close ends the array.
+func (a *Array) Close() error {
+	a.w.depth--
+	a.w.newline()
+	a.w.out = append(a.w.out, "]\n"...)
+	a.w.flush()
+	return a.w.err
+}
+
 type jsonWriter struct {
+	to     io.Writer // nil: all stays in out
+	err    error     // of to
 	out    []byte
 	depth  int
 	pretty bool
 }
 
+// piece is how much is written at a time, in bytes.
+const piece = 32 << 10
+
+// flush writes what there is.
+func (w *jsonWriter) flush() {
+	if w.err == nil && w.to != nil {
+		_, w.err = w.to.Write(w.out)
+	}
+	w.out = w.out[:0]
+}
+
 func (w *jsonWriter) value(v any) {
+	if w.to != nil && len(w.out) >= piece {
+		w.flush()
+	}
 	switch v := v.(type) {
 	case string:
 		w.out = appendQuoted(w.out, v)

@@ -1,7 +1,9 @@
 package render
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand"
 	"os"
@@ -68,6 +70,67 @@ func TestObjectReplaces(t *testing.T) {
 		t.Errorf("got %v, %v", got, err)
 	}
 }
+
+// countingWriter keeps what is written, and the longest piece.
+type countingWriter struct {
+	bytes.Buffer
+	longest int
+}
+
+func (w *countingWriter) Write(p []byte) (int, error) {
+	w.longest = max(w.longest, len(p))
+	return w.Buffer.Write(p)
+}
+
+// What is written in pieces is what is made as a whole.
+func TestWrittenInPieces(t *testing.T) {
+	var list []any
+	for i := range 5000 {
+		o := new(Object)
+		o.Set("name", strings.Repeat("\x1b", i%500))
+		o.Set("n", int64(i))
+		list = append(list, o, []any{}, true)
+	}
+	for _, value := range []any{list, list[0], "x", []any{}, []any{list, list}} {
+		for name, f := range map[string]func(*countingWriter) error{
+			"Pretty": func(w *countingWriter) error { return WritePretty(w, value) },
+			"Line":   func(w *countingWriter) error { return WriteLine(w, value) },
+		} {
+			var w countingWriter
+			want := Pretty(value)
+			if name == "Line" {
+				want = Line(value)
+			}
+			if err := f(&w); err != nil || !bytes.Equal(w.Bytes(), want) {
+				t.Errorf("%s: %v, %d bytes of %d", name, err, w.Len(), len(want))
+			}
+			if w.longest > 2*piece {
+				t.Errorf("%s: a piece of %d bytes", name, w.longest)
+			}
+		}
+	}
+	for n := range 4 {
+		var w countingWriter
+		a := NewArray(&w)
+		for _, v := range list[:n] {
+			if err := a.Add(v); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := a.Close(); err != nil || !bytes.Equal(w.Bytes(), Pretty(list[:n])) {
+			t.Errorf("%d elements: %v %q", n, err, w.Bytes())
+		}
+	}
+	if err := WritePretty(failing{}, list); !errors.Is(err, errFull) {
+		t.Errorf("a full disk: %v", err)
+	}
+}
+
+var errFull = errors.New("full")
+
+type failing struct{}
+
+func (failing) Write([]byte) (int, error) { return 0, errFull }
 
 func TestObjectNewestFirstInABucket(t *testing.T) {
 	byBucket := make(map[uint32]string)
