@@ -209,17 +209,18 @@ func cases(mib int64) []benchCase {
 		})
 	}
 
+	// Larger disks than the others, so that not only start-up is compared.
 	add(benchCase{
 		name: "compare raw raw", aim: 0.5, long: true,
 		setup: func(dir, _ string) error {
-			return errors.Join(content(filepath.Join(dir, "a"), mib), content(filepath.Join(dir, "b"), mib))
+			return errors.Join(content(filepath.Join(dir, "a"), 4*mib), content(filepath.Join(dir, "b"), 4*mib))
 		},
 		commands: verb("compare", "a", "b"),
 	})
 	add(benchCase{
 		name: "compare raw qcow2", aim: 0.5, long: true,
 		setup: func(dir, qemu string) error {
-			if err := content(filepath.Join(dir, "a"), mib); err != nil {
+			if err := content(filepath.Join(dir, "a"), 4*mib); err != nil {
 				return err
 			}
 			return commands(dir, []string{qemu, "convert", "-O", "qcow2", "a", "b"})
