@@ -170,13 +170,8 @@ func (a *app) openSource(ctx context.Context, f *sourceFlags, name string, opts 
 		return nil, fmt.Errorf("Could not open '%s': %w", name, err)
 	}
 	opts.Name = name
-	opener.Shared = f.shared || source.Shared
-	opts.Format, opts.Overrides = source.Format, source.Overrides
-	if source.Protocol {
-		if p := opener.Session.Plugins.Fallback(); p != nil {
-			opts.Format = p.Manifest.Name
-		}
-	}
+	opener.Shared = f.shared
+	source.Apply(&opts)
 	if remote.IsURL(source.Path) {
 		file, err := remote.Fetch(ctx, source.Path, nil)
 		if err != nil {

@@ -418,9 +418,11 @@ func (a *app) convertInPlace(ctx context.Context, f *convertFlags, source *copie
 		if err != nil {
 			return err
 		}
-		output, open.Format = named.Path, named.Format
+		open.Name = output
+		named.Apply(&open)
+		output = named.Path
 	}
-	if open.Format == "" {
+	if open.Format == "" && !open.Protocol {
 		p, err := a.formatOrFallback(opener.Session, "", "")
 		if err != nil {
 			return err

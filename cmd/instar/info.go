@@ -169,7 +169,7 @@ func describe(layer *image.Layer) render.Image {
 		Filename: layer.Path, Format: layer.Format(), Info: layer.Info,
 		ActualSize: layer.AllocatedSize(), Paths: map[string]string{},
 	}
-	for i := len(layer.Files) - 1; i >= 0; i-- {
+	for i := len(layer.Files) - 1; i >= 0 && !layer.Protocol; i-- {
 		file := layer.Files[i]
 		m.Paths[file.Role] = file.Path
 		m.Children = append(m.Children, render.Child{

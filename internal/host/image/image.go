@@ -34,11 +34,14 @@ type Opener struct {
 
 // Options says how to open an image.
 type Options struct {
-	Format    string // empty: detect
+	Format    string   // empty: detect
+	Through   []string // formats between the image and its file; see Source
+	Protocol  bool     // take the file's bytes as they are; see Source
 	ReadWrite bool
-	Check     bool   // open what can be opened
-	Snapshot  string // internal snapshot, empty for the active state; see Snapshot
-	Backing   bool   // open the chain of backing files too
+	Access
+	Check    bool   // open what can be opened
+	Snapshot string // internal snapshot, empty for the active state; see Snapshot
+	Backing  bool   // open the chain of backing files too
 	// Describe opens for Info alone: no guest data will be read, and each image
 	// of a chain is opened for its own sake.
 	Describe bool
@@ -46,12 +49,6 @@ type Options struct {
 	Name string
 	// Overrides replace what images say of their backing files, by depth.
 	Overrides []Override
-}
-
-// Override replaces what an image says of its backing file.
-type Override struct {
-	Path, Format string
-	None         bool // treat the image as if it had no backing file
 }
 
 // File is an open file of a layer.
@@ -65,15 +62,23 @@ type File struct {
 type Layer struct {
 	Path   string // as named by the user, or resolved from the referring image
 	Plugin *discover.Plugin
-	Files  []File // the first is the main file; the position is sdk's file index
-	Image  sdk.Image
-	Info   *sdk.Info
+	// Protocol: the file's own driver was asked for, no format.
+	Protocol bool
+	Files    []File // the first is the main file; the position is sdk's file index
+	Image    sdk.Image
+	Info     *sdk.Info
 	// Refused holds the references that were not opened, and why.
 	Refused []error
 }
 
-// Format returns the canonical name of the layer's format.
-func (l *Layer) Format() string { return l.Plugin.Manifest.Name }
+// Format returns the canonical name of the layer's format, or of the file's own
+// driver where that was asked for.
+func (l *Layer) Format() string {
+	if l.Protocol {
+		return l.Files[0].Protocol()
+	}
+	return l.Plugin.Manifest.Name
+}
 
 // Backing returns the layer's reference to its backing file, or false.
 func (l *Layer) Backing() (sdk.Reference, bool) {
@@ -123,6 +128,9 @@ func (o *Opener) Open(ctx context.Context, path string, opts Options) (*Chain, e
 	if opts.Name == "" {
 		opts.Name = path
 	}
+	if err := o.admit(opts); err != nil {
+		return nil, couldNotOpen(opts.Name, err)
+	}
 	walk := o.Gate.NewWalk()
 	file, err := walk.OpenMain(path, opts.ReadWrite)
 	if err != nil {
@@ -149,6 +157,18 @@ func (o *Opener) Open(ctx context.Context, path string, opts Options) (*Chain, e
 		return nil, err
 	}
 	return chain, nil
+}
+
+// admit refuses to open for writing what was said to be opened otherwise, in
+// qemu-img's words.
+func (o *Opener) admit(opts Options) error {
+	switch {
+	case opts.ReadWrite && opts.ReadOnly:
+		return errors.New("Block node is read-only")
+	case (opts.ReadWrite || opts.Writable) && (o.Shared || opts.Shared):
+		return errors.New("force-share=on can only be used with read-only images")
+	}
+	return nil
 }
 
 func couldNotOpen(name string, err error) error {
@@ -233,6 +253,7 @@ const maxNested = 8
 // openBackings appends the chain below its last layer.
 func (o *Opener) openBackings(ctx context.Context, walk *gate.Walk, chain *Chain, opts Options) error {
 	overrides := opts.Overrides
+	shared := opts.Shared // goes down the chain
 	for {
 		layer := chain.Layers[len(chain.Layers)-1]
 		ref, ok := layer.Backing()
@@ -243,6 +264,8 @@ func (o *Opener) openBackings(ctx context.Context, walk *gate.Walk, chain *Chain
 		if over.None || (!ok && over.Path == "") {
 			return nil
 		}
+		shared = shared || over.Shared
+		over.Shared = shared
 		next, path, err := o.openBacking(ctx, walk, layer, ref, over, opts.Describe)
 		switch {
 		case err == nil:
@@ -261,6 +284,9 @@ func (o *Opener) openBacking(ctx context.Context, walk *gate.Walk, layer *Layer,
 	var file *os.File
 	var err error
 	path, format := layer.FullName(ref), ref.Format
+	if over.Protocol {
+		ref.Format, format = "", ""
+	}
 	if over.Path != "" {
 		path, format = over.Path, over.Format
 		file, err = walk.OpenMain(path, false)
@@ -276,10 +302,12 @@ func (o *Opener) openBacking(ctx context.Context, walk *gate.Walk, layer *Layer,
 	if err != nil {
 		return nil, path, err
 	}
-	if format == "" && o.Warn != nil {
+	if format == "" && !over.Protocol && o.Warn != nil {
 		o.Warn(fmt.Sprintf("%s names no format for its backing file %s: probing it", layer.Path, path))
 	}
-	next, err := o.openLayer(ctx, walk, path, file, Options{Format: format, Describe: describe})
+	next, err := o.openLayer(ctx, walk, path, file, Options{
+		Format: format, Through: over.Through, Protocol: over.Protocol, Access: over.Access, Describe: describe,
+	})
 	if err != nil {
 		return nil, path, err
 	}
@@ -293,16 +321,18 @@ func (o *Opener) openBacking(ctx context.Context, walk *gate.Walk, layer *Layer,
 
 // openLayer opens one image of which file is the main file, and takes it over.
 func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, file *os.File, opts Options) (_ *Layer, err error) {
-	layer := &Layer{Path: path, Files: []File{{Role: sdk.RoleMain, Path: path, File: file}}}
+	layer := &Layer{Path: path, Protocol: opts.Protocol, Files: []File{{Role: sdk.RoleMain, Path: path, File: file}}}
 	defer func() {
 		if err != nil {
 			layer.Close()
 		}
 	}()
-	if err := o.lock(file, path, opts.ReadWrite); err != nil {
-		return nil, err
+	if !opts.Unlocked {
+		if err := o.lock(file, path, opts); err != nil {
+			return nil, err
+		}
 	}
-	if layer.Plugin, err = o.choose(path, file, opts.Format); err != nil {
+	if layer.Plugin, err = o.choose(path, file, opts); err != nil {
 		return nil, err
 	}
 	format, err := o.Session.Start(ctx, layer.Plugin)
@@ -328,14 +358,14 @@ func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, fi
 // errEncrypted has qemu-img's words for an image whose data nobody here can read.
 var errEncrypted = &sdk.Error{Text: "Parameter 'encrypt.key-secret' is required for cipher", Class: sdk.ErrUnsupported}
 
-// lock takes QEMU's locks on a file, unless -U was given.
-func (o *Opener) lock(file *os.File, path string, readWrite bool) error {
+// lock takes QEMU's locks on a file. -U is for reading alone.
+func (o *Opener) lock(file *os.File, path string, opts Options) error {
 	mode := lock.Read
 	switch {
-	case o.Shared:
-		mode = lock.Share
-	case readWrite:
+	case opts.ReadWrite:
 		mode = lock.Write
+	case o.Shared || opts.Shared:
+		mode = lock.Share
 	}
 	return lock.Take(file, path, mode)
 }
@@ -352,7 +382,7 @@ func (o *Opener) attach(ctx context.Context, walk *gate.Walk, layer *Layer, opts
 		}
 		file, path, err := walk.OpenPart(layer.Path, ref, opts.ReadWrite)
 		if err == nil {
-			if err = o.lock(file, path, opts.ReadWrite); err != nil {
+			if err = o.lock(file, path, opts); err != nil {
 				file.Close()
 			}
 		}
@@ -382,9 +412,22 @@ func (o *Opener) attach(ctx context.Context, walk *gate.Walk, layer *Layer, opts
 }
 
 // choose returns the plugin for a named format, or the one whose probe fits.
-func (o *Opener) choose(path string, file *os.File, format string) (*discover.Plugin, error) {
-	if format != "" {
-		p, err := o.Session.Plugins.ByName(format)
+func (o *Opener) choose(path string, file *os.File, opts Options) (*discover.Plugin, error) {
+	fallback := o.Session.Plugins.Fallback()
+	for _, name := range opts.Through {
+		if p, err := o.Session.Plugins.ByName(name); err != nil {
+			return nil, err
+		} else if p != fallback {
+			return nil, fmt.Errorf("file.driver=%s: between an image and its file can only be what takes any content as it is: %w", name, sdk.ErrUnsupported)
+		}
+	}
+	switch {
+	case opts.Protocol && fallback == nil:
+		return nil, fmt.Errorf("no installed format takes any content as it is: %w", sdk.ErrNotFormat)
+	case opts.Protocol:
+		return fallback, opens(fallback)
+	case opts.Format != "":
+		p, err := o.Session.Plugins.ByName(opts.Format)
 		if err != nil {
 			return nil, err
 		}

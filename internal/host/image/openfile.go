@@ -16,6 +16,10 @@ func (o *Opener) OpenBackingChain(ctx context.Context, path, name, format string
 // name stands for it in messages.
 func (o *Opener) OpenFile(ctx context.Context, name string, file *os.File, opts Options) (*Chain, error) {
 	opts.Name = name
+	if err := o.admit(opts); err != nil {
+		file.Close()
+		return nil, couldNotOpen(name, err)
+	}
 	walk := o.Gate.NewWalk()
 	layer, err := o.openLayer(ctx, walk, name, file, opts)
 	if err != nil {

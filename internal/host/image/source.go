@@ -1,11 +1,10 @@
 package image
 
 import (
-	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"sort"
+	"maps"
+	"slices"
 	"strings"
 
 	"github.com/instar-img/instar/sdk/option"
@@ -15,17 +14,47 @@ import (
 type Source struct {
 	Path   string
 	Format string // empty: detect
-	// Overrides are for the backing files, by depth.
-	Overrides []Override
-	Shared    bool // force-share
+	// Through are formats named between the image and its file, the outermost
+	// first.
+	Through []string
 	// Protocol: the driver is that of the file itself, its content is not to be
 	// looked at for a format.
 	Protocol bool
+	Access
+	// Overrides are for the backing files, by depth.
+	Overrides []Override
 }
+
+// Access says how an image's file is opened.
+type Access struct {
+	Shared   bool // force-share=on: what others do with the file does not matter
+	ReadOnly bool // read-only=on: it must not be opened for writing
+	Writable bool // read-only=off, which cannot go with Shared
+	Unlocked bool // locking=off: locks are neither taken nor respected
+}
+
+// Override replaces what an image says of its backing file.
+type Override struct {
+	Path, Format string // empty: as the image says
+	Through      []string
+	Protocol     bool
+	None         bool // treat the image as if it had no backing file
+	Access
+}
+
+// errNoFile has qemu-img's words.
+var errNoFile = errors.New("The 'file' block driver requires a file name")
+
+// UnknownDriver is the error for the name of no format, in qemu-img's words.
+func UnknownDriver(name string) error { return fmt.Errorf("Unknown driver '%s'", name) }
 
 // ParseImageOptions parses --image-opts: driver=FMT,file.filename=PATH and
 // nested backing.* keys, as qemu-img takes them.
 func ParseImageOptions(s string) (*Source, error) {
+	root := node{}
+	if s == "" {
+		return root.source()
+	}
 	settings, _, err := option.Split(s)
 	if err != nil {
 		return nil, err
@@ -33,9 +62,8 @@ func ParseImageOptions(s string) (*Source, error) {
 	if len(settings) > 0 && settings[0].Bare {
 		return nil, fmt.Errorf("Cannot find device='%s' nor node-name='%[1]s'", settings[0].Key)
 	}
-	root := node{}
 	for _, x := range settings {
-		if err := root.set(strings.Split(x.Key, "."), x.Value); err != nil {
+		if err := root.set(strings.Split(x.Key, "."), x.Value, false); err != nil {
 			return nil, err
 		}
 	}
@@ -53,81 +81,72 @@ const filePrefix = "file:"
 func ParseName(name string) (*Source, error) {
 	rest, ok := strings.CutPrefix(name, jsonPrefix)
 	if !ok {
-		return &Source{Path: strings.TrimPrefix(name, filePrefix)}, nil
+		path := strings.TrimPrefix(name, filePrefix)
+		if path == "" {
+			return nil, errNoFile
+		}
+		return &Source{Path: path}, nil
 	}
-	d := json.NewDecoder(bytes.NewReader([]byte(rest)))
-	d.UseNumber()
-	var tree map[string]any
-	if err := d.Decode(&tree); err != nil {
+	value, err := parseJSON(rest)
+	if err != nil {
 		return nil, fmt.Errorf("Could not parse the JSON options: %w", err)
 	}
-	if d.More() {
-		return nil, errors.New("Could not parse the JSON options: trailing text")
+	tree, ok := value.(map[string]any)
+	if !ok {
+		return nil, errors.New("Invalid JSON object given")
 	}
 	root := node{}
-	if err := root.fill(tree); err != nil {
+	if err := root.fill("", tree); err != nil {
 		return nil, err
 	}
 	return root.source()
 }
 
-// node is a tree of image options: values are strings and nodes.
+// node is a tree of image options: values are nodes, strings, and what else
+// JSON has.
 type node map[string]any
 
-// set puts a value at a dotted key.
-func (n node) set(key []string, value string) error {
+// set puts a value at a dotted key. once refuses to replace one.
+func (n node) set(key []string, value any, once bool) error {
+	old, taken := n[key[0]]
 	if len(key) == 1 {
+		if _, isNode := old.(node); isNode || taken && once {
+			return fmt.Errorf("%s is given twice", key[0])
+		}
 		n[key[0]] = value
 		return nil
 	}
-	child, ok := n[key[0]].(node)
+	child, ok := old.(node)
 	if !ok {
-		if _, taken := n[key[0]]; taken {
+		if taken {
 			return fmt.Errorf("%s is given both as a value and as a node", key[0])
 		}
 		child = node{}
 		n[key[0]] = child
 	}
-	return child.set(key[1:], value)
+	return child.set(key[1:], value, once)
 }
 
-// fill takes over a JSON object, in which keys may be dotted too.
-func (n node) fill(tree map[string]any) error {
-	keys := make([]string, 0, len(tree))
-	for k := range tree {
-		keys = append(keys, k)
-	}
-	sort.Strings(keys)
-	for _, k := range keys {
-		path := strings.Split(k, ".")
-		switch v := tree[k].(type) {
+// fill takes over a JSON object, in which keys may be dotted too. prefix stands
+// before them, with its dot.
+func (n node) fill(prefix string, tree map[string]any) error {
+	for _, k := range slices.Sorted(maps.Keys(tree)) {
+		v := tree[k]
+		var err error
+		switch v := v.(type) {
 		case map[string]any:
-			child := node{}
-			if err := child.fill(v); err != nil {
-				return err
+			if len(v) > 0 {
+				err = n.fill(prefix+k+".", v)
+			} else {
+				err = n.set(strings.Split(prefix+k, "."), node{}, true)
 			}
-			at := n
-			for _, p := range path[:len(path)-1] {
-				next, ok := at[p].(node)
-				if !ok {
-					next = node{}
-					at[p] = next
-				}
-				at = next
-			}
-			at[path[len(path)-1]] = child
-		case nil:
-			n[k] = nil
-		case string:
-			if err := n.set(path, v); err != nil {
-				return err
-			}
-		case json.Number, bool:
-			if err := n.set(path, fmt.Sprint(v)); err != nil {
-				return err
-			}
+		case []any:
+			err = fmt.Errorf("json: %s: a list has no meaning here", prefix+k)
 		default:
-			return fmt.Errorf("json: %s: a list has no meaning here", k)
+			err = n.set(strings.Split(prefix+k, "."), v, true)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
@@ -135,27 +154,41 @@ func (n node) fill(tree map[string]any) error {
 
 // source interprets a tree.
 func (n node) source() (*Source, error) {
-	s := &Source{}
-	if err := n.image(&s.Path, &s.Format, s); err != nil {
+	var top layerOptions
+	_, hasDriver := n["driver"]
+	if _, hasFile := n["file"]; !hasDriver && !hasFile {
+		return nil, errors.New("Must specify either driver or file")
+	}
+	if err := n.image(&top); err != nil {
 		return nil, err
 	}
+	switch {
+	case top.path != "":
+	case top.protocol || top.hasPath:
+		return nil, errNoFile
+	default:
+		return nil, errors.New("A block device must be specified for \"file\"")
+	}
+	s := &Source{Path: top.path, Format: top.format, Through: top.through, Protocol: top.protocol, Access: top.access}
 	for child, ok := n["backing"]; ok; {
 		var over Override
-		switch b := child.(type) {
-		case nil:
-			over.None = true
-		case string:
-			if b != "" {
-				return nil, fmt.Errorf("backing=%s: node names have no meaning here, backing.file.filename=PATH is accepted", b)
-			}
-			over.None = true
-		case node:
-			if err := b.image(&over.Path, &over.Format, s); err != nil {
+		b, isNode := child.(node)
+		switch {
+		case isNode:
+			var l layerOptions
+			if err := b.image(&l); err != nil {
 				return nil, fmt.Errorf("backing: %w", err)
 			}
+			if l.hasPath && l.path == "" {
+				return nil, fmt.Errorf("backing: %w", errNoFile)
+			}
+			over = Override{Path: l.path, Format: l.format, Through: l.through, Protocol: l.protocol, Access: l.access}
+		case child == nil || child == "":
+			over.None = true
+		default:
+			return nil, fmt.Errorf("backing=%v: node names have no meaning here, backing.file.filename=PATH is accepted", child)
 		}
 		s.Overrides = append(s.Overrides, over)
-		b, isNode := child.(node)
 		if !isNode {
 			break
 		}
@@ -164,58 +197,206 @@ func (n node) source() (*Source, error) {
 	return s, nil
 }
 
-// image interprets the keys of one image: driver, file and filename.
-func (n node) image(path, format *string, s *Source) error {
-	if d, ok := n["driver"].(string); ok {
-		*format = d
+// layerOptions is what the options say of one image.
+type layerOptions struct {
+	path, format string
+	hasPath      bool
+	protocol     bool
+	through      []string
+	access       Access
+}
+
+// protocols are the drivers that are the file itself.
+var protocols = []string{"file", "host_device"}
+
+// image interprets the keys of one image.
+func (n node) image(l *layerOptions) error {
+	driver, given, err := n.text("driver")
+	if err != nil {
+		return err
 	}
-	for key, v := range n {
+	if given && driver == "" {
+		return UnknownDriver("")
+	}
+	if slices.Contains(protocols, driver) {
+		l.protocol = true
+		return n.file("", l)
+	}
+	l.format = driver
+	for _, key := range slices.Sorted(maps.Keys(n)) {
+		v := n[key]
 		switch key {
-		case "driver", "backing", "node-name", "read-only", "auto-read-only", "discard", "detect-zeroes", "cache":
-		case "force-share":
-			on, err := option.ParseBool(fmt.Sprint(v))
-			if err != nil {
-				return fmt.Errorf("force-share: %w", err)
-			}
-			s.Shared = s.Shared || on
+		case "driver", "backing":
 		case "filename":
-			*path = fmt.Sprint(v)
-		case "file":
-			if err := n.file(v, path); err != nil {
-				return err
+			// Of a file's driver alone; without a file there is another error.
+			if _, hasFile := n["file"]; hasFile {
+				err = fmt.Errorf("image option %q is not supported (accepted: file.filename)", key)
 			}
+		case "file":
+			err = fileNode(v, l)
 		default:
-			return fmt.Errorf("image option %q is not supported (accepted: driver, file.filename, file.driver, filename, backing.*, force-share, read-only)", key)
+			if err = n.common(key, l); errors.Is(err, errUnknownOption) {
+				err = fmt.Errorf("image option %q is not supported: formats take none of their own when an image is opened (accepted: driver, file.filename, file.driver, file.locking, backing.*, force-share, read-only, and those that only advise)", key)
+			}
 		}
-	}
-	if *format == "file" || *format == "host_device" {
-		s.Protocol = true // the bytes of the file as they are
-		*format = ""
-	}
-	if *path == "" {
-		return errors.New("A block device must be specified for \"file\"")
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-// file interprets the file child: a protocol node.
-func (n node) file(v any, path *string) error {
+// fileNode interprets what stands below an image: its file, or another image.
+func fileNode(v any, l *layerOptions) error {
 	child, ok := v.(node)
-	if !ok {
-		return errors.New("file: node names have no meaning here, file.filename=PATH is accepted")
+	switch {
+	case ok:
+	case v == nil:
+		return nil
+	default:
+		return fmt.Errorf("file=%v: node names have no meaning here, file.filename=PATH is accepted", v)
 	}
-	for key, v := range child {
+	driver, given, err := child.text("driver")
+	if err != nil {
+		return err
+	}
+	inner, nested := child["file"]
+	switch {
+	case given && driver == "":
+		return UnknownDriver("")
+	case !given && nested:
+		return errors.New("file.file: file.driver must say what lies between the image and its file")
+	case !given || slices.Contains(protocols, driver):
+		return child.file("file.", l)
+	case !nested:
+		return fmt.Errorf("file.driver=%s is not supported (accepted: %s; a format where file.file.filename=PATH follows)", driver, strings.Join(protocols, ", "))
+	}
+	l.through = append(l.through, driver)
+	for _, key := range slices.Sorted(maps.Keys(child)) {
+		if key == "driver" || key == "file" {
+			continue
+		}
+		if err := child.common(key, l); errors.Is(err, errUnknownOption) {
+			return fmt.Errorf("image option \"file.%s\" is not supported", key)
+		} else if err != nil {
+			return err
+		}
+	}
+	return fileNode(inner, l)
+}
+
+// file interprets the keys of a file, prefix stands before them.
+func (n node) file(prefix string, l *layerOptions) error {
+	for _, key := range slices.Sorted(maps.Keys(n)) {
+		var err error
 		switch key {
-		case "filename":
-			*path = fmt.Sprint(v)
 		case "driver":
-			if d := fmt.Sprint(v); d != "file" && d != "host_device" {
-				return fmt.Errorf("file.driver=%s is not supported (accepted: file, host_device)", d)
+		case "filename":
+			l.path, l.hasPath, err = n.text(key)
+		case "locking":
+			var value string
+			if value, err = n.oneOf(key, "on", "off", "auto"); value == "off" {
+				l.access.Unlocked = true
 			}
-		case "locking", "aio", "node-name", "read-only", "cache", "discard":
+		case "aio":
+			_, err = n.oneOf(key, "threads", "native", "io_uring")
+		case "drop-cache":
+			_, err = n.onOff(key)
 		default:
-			return fmt.Errorf("image option \"file.%s\" is not supported (accepted: file.filename, file.driver)", key)
+			if err = n.common(key, l); errors.Is(err, errUnknownOption) {
+				err = fmt.Errorf("image option \"%s%s\" is not supported (accepted: %[1]sfilename, %[1]sdriver, %[1]slocking, %[1]sread-only, %[1]sforce-share, and those that only advise)", prefix, key)
+			}
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+var errUnknownOption = errors.New("unknown option")
+
+// common interprets what images and files have in common. Options that advise
+// how to use the host are checked, and have no effect.
+func (n node) common(key string, l *layerOptions) error {
+	switch key {
+	case "force-share":
+		on, err := n.onOff(key)
+		l.access.Shared = l.access.Shared || on
+		return err
+	case "read-only":
+		on, err := n.onOff(key)
+		l.access.ReadOnly = l.access.ReadOnly || on
+		l.access.Writable = l.access.Writable || !on
+		return err
+	case "auto-read-only":
+		_, err := n.onOff(key)
+		return err
+	case "node-name":
+		_, _, err := n.text(key)
+		return err
+	case "discard":
+		if _, err := n.oneOf(key, "ignore", "off", "unmap", "on"); err != nil {
+			return errors.New("Invalid discard option")
+		}
+		return nil
+	case "detect-zeroes":
+		_, err := n.oneOf(key, "off", "on", "unmap")
+		return err
+	case "cache":
+		cache, ok := n[key].(node)
+		for _, k := range slices.Sorted(maps.Keys(cache)) {
+			if k != "direct" && k != "no-flush" {
+				return errUnknownOption
+			}
+			if _, err := cache.onOff(k); err != nil {
+				return fmt.Errorf("Parameter 'cache.%s' expects 'on' or 'off'", k)
+			}
+		}
+		if ok {
+			return nil
+		}
+	}
+	return errUnknownOption
+}
+
+// text returns the string at a key, and whether there is one.
+func (n node) text(key string) (string, bool, error) {
+	v, ok := n[key]
+	if !ok {
+		return "", false, nil
+	}
+	s, ok := v.(string)
+	if !ok {
+		return "", false, fmt.Errorf("Invalid parameter type for '%s', expected: string", key)
+	}
+	return s, true, nil
+}
+
+// onOff returns the switch at a key.
+func (n node) onOff(key string) (bool, error) {
+	switch v := n[key].(type) {
+	case bool:
+		return v, nil
+	case string:
+		if on, err := option.ParseBool(v); err == nil {
+			return on, nil
+		}
+	}
+	return false, fmt.Errorf("Parameter '%s' expects 'on' or 'off'", key)
+}
+
+// oneOf returns the word at a key, one of those that are accepted.
+func (n node) oneOf(key string, accepted ...string) (string, error) {
+	v, _, err := n.text(key)
+	if err == nil && !slices.Contains(accepted, v) {
+		err = fmt.Errorf("%s: invalid parameter value: %s (accepted: %s)", key, v, strings.Join(accepted, ", "))
+	}
+	return v, err
+}
+
+// Apply puts what a source says into the options to open it with.
+func (s *Source) Apply(opts *Options) {
+	opts.Format, opts.Through, opts.Protocol = s.Format, s.Through, s.Protocol
+	opts.Access, opts.Overrides = s.Access, s.Overrides
 }

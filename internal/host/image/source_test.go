@@ -17,12 +17,21 @@ func TestParseImageOptions(t *testing.T) {
 	}{
 		{"driver=qcow2,file.filename=a", Source{Path: "a", Format: "qcow2"}},
 		{"driver=qcow2,file.driver=file,file.filename=a,,b", Source{Path: "a,b", Format: "qcow2"}},
-		{"file.filename=a,force-share=on", Source{Path: "a", Shared: true}},
+		{"file.filename=a,force-share=on", Source{Path: "a", Access: Access{Shared: true}}},
 		{"driver=file,filename=a", Source{Path: "a", Protocol: true}},
 		{"driver=qcow2,file.filename=a,backing.driver=raw,backing.file.filename=b",
 			Source{Path: "a", Format: "qcow2", Overrides: []Override{{Path: "b", Format: "raw"}}}},
 		{"file.filename=a,backing.file.filename=b,backing.backing.file.filename=c,backing.backing.driver=raw",
 			Source{Path: "a", Overrides: []Override{{Path: "b"}, {Path: "c", Format: "raw"}}}},
+		{"driver=qcow2,file.filename=a,backing.backing.driver=raw,backing.backing.file.filename=b",
+			Source{Path: "a", Format: "qcow2", Overrides: []Override{{}, {Path: "b", Format: "raw"}}}},
+		{"file.filename=a,backing.driver=file,backing.filename=b",
+			Source{Path: "a", Overrides: []Override{{Path: "b", Protocol: true}}}},
+		{"driver=qcow2,file.driver=raw,file.file.filename=a", Source{Path: "a", Format: "qcow2", Through: []string{"raw"}}},
+		{"file.filename=a,file.locking=off,read-only=on", Source{Path: "a", Access: Access{Unlocked: true, ReadOnly: true}}},
+		{"file.filename=a,file.read-only=on,file.force-share=on", Source{Path: "a", Access: Access{Shared: true, ReadOnly: true}}},
+		{"file.filename=a,read-only=off", Source{Path: "a", Access: Access{Writable: true}}},
+		{"file.filename=a,discard=unmap,detect-zeroes=on,cache.direct=on,file.aio=threads,auto-read-only=on,node-name=n", Source{Path: "a"}},
 		{"file.filename=a,backing=", Source{Path: "a", Overrides: []Override{{None: true}}}},
 	} {
 		got, err := ParseImageOptions(c.in)
@@ -33,13 +42,24 @@ func TestParseImageOptions(t *testing.T) {
 		}
 	}
 	for in, want := range map[string]string{
-		"a.qcow2":                          "Cannot find device='a.qcow2' nor node-name='a.qcow2'",
-		"driver=qcow2":                     "A block device must be specified",
-		"file.filename=a,color=blue":       `image option "color" is not supported`,
-		"file.driver=nbd,file.filename=a":  "file.driver=nbd is not supported",
-		"file=x,file.filename=a":           "given both as a value and as a node",
-		"file.filename=a,backing=node":     "node names have no meaning",
-		"file.filename=a,force-share=some": "force-share",
+		"a.qcow2":                           "Cannot find device='a.qcow2' nor node-name='a.qcow2'",
+		"driver=qcow2":                      "A block device must be specified",
+		"":                                  "Must specify either driver or file",
+		"filename=a":                        "Must specify either driver or file",
+		"driver=qcow2,filename=a":           "A block device must be specified",
+		"driver=,file.filename=a":           "Unknown driver ''",
+		"driver=file":                       "The 'file' block driver requires a file name",
+		"file.filename=":                    "The 'file' block driver requires a file name",
+		"file.filename=a,read-only=x":       "Parameter 'read-only' expects 'on' or 'off'",
+		"file.filename=a,file.locking=x":    "locking: invalid parameter value: x",
+		"file.filename=a,discard=x":         "Invalid discard option",
+		"file.filename=a,cache=x":           `image option "cache" is not supported`,
+		"file.filename=a,lazy-refcounts=on": "formats take none of their own",
+		"file.filename=a,color=blue":        `image option "color" is not supported`,
+		"file.driver=nbd,file.filename=a":   "file.driver=nbd is not supported",
+		"file=x,file.filename=a":            "given both as a value and as a node",
+		"file.filename=a,backing=node":      "node names have no meaning",
+		"file.filename=a,force-share=some":  "Parameter 'force-share' expects 'on' or 'off'",
 	} {
 		if _, err := ParseImageOptions(in); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", in, err, want)
@@ -57,6 +77,8 @@ func TestParseName(t *testing.T) {
 		{"dir/json:{}", Source{Path: "dir/json:{}"}},
 		{`json:{"driver":"qcow2","file":{"driver":"file","filename":"a"}}`, Source{Path: "a", Format: "qcow2"}},
 		{`json:{"driver":"qcow2","file.filename":"a"}`, Source{Path: "a", Format: "qcow2"}},
+		{`json:{'driver':'qcow2','file':{'filename':'a"\'b'}}`, Source{Path: `a"'b`, Format: "qcow2"}},
+		{`json:{"driver":"qcow2","read-only":true,"file.filename":"\u0061'\""}`, Source{Path: `a'"`, Format: "qcow2", Access: Access{ReadOnly: true}}},
 		{`json:{"file.filename":"a","backing":null}`, Source{Path: "a", Overrides: []Override{{None: true}}}},
 		{`json:{"file.filename":"a","backing":{"driver":"raw","file":{"filename":"b"}}}`,
 			Source{Path: "a", Overrides: []Override{{Path: "b", Format: "raw"}}}},
@@ -69,8 +91,19 @@ func TestParseName(t *testing.T) {
 		}
 	}
 	for in, want := range map[string]string{
-		"json:{bad":                            "Could not parse the JSON options",
-		`json:{"file.filename":"a"}{}`:         "trailing text",
+		"json:{bad":                                          "Could not parse the JSON options",
+		`json:{"file.filename":"a"}{}`:                       "Expecting at most one JSON value",
+		`json:{"file.filename":"a"}}`:                        "Expecting at most one JSON value",
+		`json:{"file.filename":"a"`:                          "Could not parse the JSON options",
+		`json:{"driver":"a","driver":"b"}`:                   "duplicate key",
+		`json:{"file.filename":"a","file":{"filename":"b"}}`: "given twice",
+		`json:{"file.filename":1}`:                           "Invalid parameter type for 'filename', expected: string",
+		`json:{"read-only":1,"file":{"filename":"a"}}`:       "Parameter 'read-only' expects 'on' or 'off'",
+		"json:":                                "Expecting a JSON value",
+		"json:null":                            "Invalid JSON object given",
+		"json:[]":                              "Invalid JSON object given",
+		"json:'x'":                             "Invalid JSON object given",
+		"":                                     "requires a file name",
 		`json:{"file.filename":["a"]}`:         "a list has no meaning here",
 		`json:{"driver":"qcow2"}`:              "A block device must be specified",
 		`json:{"file":"node"}`:                 "node names have no meaning",
@@ -84,6 +117,8 @@ func TestParseName(t *testing.T) {
 
 func FuzzParseName(f *testing.F) {
 	f.Add(`{"driver":"qcow2","file":{"filename":"a"},"backing":{"file.filename":"b"}}`)
+	f.Add(`{'driver':'file','filename':'a\'"','read-only':true}`)
+	f.Add(`{"driver":"qcow2","file":{"driver":"raw","file.filename":"a"},"cache":{"direct":"on"}}`)
 	f.Add(`{"a.b.c":1,"a":{"b":null}}`)
 	f.Fuzz(func(t *testing.T, s string) {
 		source, err := ParseName("json:" + s)
