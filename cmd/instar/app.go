@@ -162,8 +162,7 @@ func (a *app) openSource(ctx context.Context, f *sourceFlags, name string, opts 
 		return nil, err
 	}
 	source, err := f.parse(name)
-	var usage *usageError
-	if errors.As(err, &usage) {
+	if errors.Is(err, errExclusive) {
 		return nil, err
 	}
 	if err != nil {
@@ -234,6 +233,8 @@ func (a *app) rootCommand() *cobra.Command {
 	root.SetOut(a.out)
 	root.SetErr(a.err)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err.Error()} })
+	root.Flags().BoolP("version", "V", false, "print the version")
+	traceFlag(root.Flags())
 	root.PersistentFlags().BoolVarP(&a.verbose, "verbose", "v", false, "say what is done beside the result, on standard error")
 	root.AddCommand(
 		a.bound(a.createCommand(), writes),

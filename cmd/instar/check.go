@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,8 +24,10 @@ const (
 // checkFlags is check's command line.
 type checkFlags struct {
 	source   sourceFlags
+	objects  func() error
 	output   string
-	repair   string
+	repair   repairFlag
+	cache    string
 	quiet    bool
 	progress bool
 }
@@ -32,7 +35,7 @@ type checkFlags struct {
 func (a *app) checkCommand() *cobra.Command {
 	var f checkFlags
 	cmd := &cobra.Command{
-		Use:   "check [-f FMT] [--output human|json|ndjson] [-r leaks|all] [-p] [-q] [-U] FILENAME...",
+		Use:   "check [-f FMT] [--output human|json|ndjson] [-r leaks|all] [-p] [-q] [-T CACHE] [-U] FILENAME...",
 		Short: "Check the consistency of disk images, and repair them",
 		Long: `Check the consistency of disk images, and with -r repair them.
 
@@ -45,25 +48,37 @@ the highest.`,
 	flags.SortFlags = false
 	f.source.register(flags)
 	flags.StringVar(&f.output, "output", "human", "form of the result: human, json, or ndjson (a line for each image)")
-	flags.StringVarP(&f.repair, "repair", "r", "", "repair: leaks, or all (leaks and corruptions)")
+	flags.VarP(&f.repair, "repair", "r", "repair: leaks, or all (leaks and corruptions)")
 	flags.BoolVarP(&f.progress, "progress", "p", false, "show progress")
 	flags.BoolVarP(&f.quiet, "quiet", "q", false, "print errors alone")
+	flags.StringVarP(&f.cache, "cache", "T", "writeback", "cache mode: none, directsync, writeback, writethrough or unsafe")
+	f.objects = objectsFlag(flags)
 	a.completeFormats(cmd, "format")
 	return cmd
 }
 
-// parseFix parses -r.
-func parseFix(s string) (sdk.Fix, error) {
-	switch s {
-	case "":
-		return sdk.FixNone, nil
-	case "leaks":
-		return sdk.FixLeaks, nil
-	case "all":
-		return sdk.FixAll, nil
-	}
-	return sdk.FixNone, usagef("Unknown option value for -r (expecting 'leaks' or 'all'): %s", s)
+// repairFlag is -r.
+type repairFlag struct {
+	fix sdk.Fix
+	bad error
 }
+
+// Set keeps what is wrong with the value for later: the command line is read
+// whole first.
+func (v *repairFlag) Set(s string) error {
+	switch s {
+	case "leaks":
+		v.fix = sdk.FixLeaks
+	case "all":
+		v.fix = sdk.FixAll
+	default:
+		v.bad = cmp.Or(v.bad, usagef("Unknown option value for -r (expecting 'leaks' or 'all'): %s", s))
+	}
+	return nil
+}
+
+func (v *repairFlag) String() string { return "" }
+func (v *repairFlag) Type() string   { return "string" }
 
 // checked is the outcome for one image.
 type checked struct {
@@ -80,12 +95,15 @@ func (a *app) check(ctx context.Context, f *checkFlags, args []string) error {
 	if err != nil {
 		return err
 	}
-	fix, err := parseFix(f.repair)
-	if err != nil {
-		return err
+	if f.repair.bad != nil {
+		return f.repair.bad
 	}
+	fix := f.repair.fix
 	if len(args) == 0 {
 		return usagef("Expecting one image file name")
+	}
+	if err := cmp.Or(f.objects(), checkSourceCache(f.cache)); err != nil {
+		return err
 	}
 	var progress *render.Progress
 	if f.progress && !f.quiet {

@@ -1,10 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -25,12 +25,12 @@ const (
 // compareFlags is compare's command line.
 type compareFlags struct {
 	source   sourceFlags
-	format2  string
+	format2  formatFlag
 	strict   bool
 	progress bool
 	quiet    bool
 	cache    string
-	objects  []string
+	objects  func() error
 }
 
 func (a *app) compareCommand() *cobra.Command {
@@ -49,12 +49,12 @@ its data lies could not be told; 4 it could not be read.`,
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	f.source.register(flags)
-	flags.StringVarP(&f.format2, "second-format", "F", "", "format of the second image; detected where not given")
+	flags.VarP(&f.format2, "second-format", "F", "format of the second image; detected where not given")
 	flags.BoolVarP(&f.strict, "strict", "s", false, "sizes and allocation must be equal too")
 	flags.BoolVarP(&f.progress, "progress", "p", false, "show progress")
 	flags.BoolVarP(&f.quiet, "quiet", "q", false, "print errors alone")
 	flags.StringVarP(&f.cache, "source-cache", "T", "writeback", "cache mode: none, directsync, writeback, writethrough or unsafe")
-	flags.StringArrayVar(&f.objects, "object", nil, "accepted for qemu-img's sake: objects serve encryption, which is deferred")
+	f.objects = objectsFlag(flags)
 	a.completeFormats(cmd, "format", "second-format")
 	return cmd
 }
@@ -125,15 +125,7 @@ func (a *app) compareImages(ctx context.Context, f *compareFlags, args []string)
 
 // check checks the command line.
 func (f *compareFlags) check() error {
-	for _, o := range f.objects {
-		if err := checkObject(o); err != nil {
-			return err
-		}
-	}
-	if !slices.Contains(cacheModes, f.cache) {
-		return fmt.Errorf("Invalid source cache option: %s", f.cache)
-	}
-	return nil
+	return cmp.Or(f.objects(), checkSourceCache(f.cache))
 }
 
 // compareFailure words a failure as qemu-img does.

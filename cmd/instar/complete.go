@@ -27,17 +27,17 @@ func (a *app) completeFormats(cmd *cobra.Command, flags ...string) {
 
 // completeOptions completes the keys and values of -o from the schema of the
 // format that a flag names.
-func (a *app) completeOptions(cmd *cobra.Command, formatFlag string) {
+func (a *app) completeOptions(cmd *cobra.Command, nameFlag string) {
 	must(cmd.RegisterFlagCompletionFunc("options", func(cmd *cobra.Command, _ []string, typed string) ([]string, cobra.ShellCompDirective) {
 		s, err := a.session()
 		if err != nil {
 			return nil, cobra.ShellCompDirectiveError
 		}
-		name, err := cmd.Flags().GetString(formatFlag)
+		name, err := cmd.Flags().GetString(nameFlag)
 		if err != nil {
 			return nil, cobra.ShellCompDirectiveError
 		}
-		p, err := a.formatOrFallback(s, name, "")
+		p, err := a.formatOrFallback(s, formatFlag{name: name, given: name != ""}, "")
 		if err != nil {
 			return nil, cobra.ShellCompDirectiveError
 		}

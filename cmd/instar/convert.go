@@ -26,7 +26,7 @@ import (
 // convertFlags is convert's command line.
 type convertFlags struct {
 	source        sourceFlags
-	target        string
+	target        formatFlag
 	backing       string
 	backingFormat string
 	options       []string
@@ -77,7 +77,7 @@ data on standard output. The output appears under its name when it is complete.`
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	f.source.register(flags)
-	flags.StringVarP(&f.target, "target-format", "O", "", "format of the output")
+	flags.VarP(&f.target, "target-format", "O", "format of the output")
 	flags.StringVarP(&f.backing, "target-backing", "B", "", "backing file of the output, which then holds what differs from it")
 	flags.StringVarP(&f.backingFormat, "backing-format", "F", "", "format of the backing file")
 	flags.StringArrayVarP(&f.options, "options", "o", nil, "format options KEY=VALUE,... (help lists them)")
@@ -118,7 +118,7 @@ var cacheModes = []string{"none", "off", "directsync", "writeback", "writethroug
 func (f *convertFlags) check(args []string) (copier.Options, error) {
 	var o copier.Options
 	if len(args) < 2 {
-		return o, usagef("Must specify image file name")
+		return o, errors.New("Must specify image file name")
 	}
 	for _, obj := range f.objects {
 		if err := checkObject(obj); err != nil {
@@ -195,10 +195,10 @@ func (a *app) convert(ctx context.Context, f *convertFlags, args []string) error
 		if to, err = platform.ByName(f.platform); err != nil {
 			return err
 		}
-		if f.target != "" {
+		if f.target.given {
 			return usagef("--for chooses the format: -O has no place beside it")
 		}
-		f.target = to.Format
+		f.target = formatFlag{name: to.Format, given: true}
 	}
 	chains, err := a.openSources(ctx, f, args[:len(args)-1])
 	if err != nil {
@@ -252,7 +252,7 @@ func (a *app) convert(ctx context.Context, f *convertFlags, args []string) error
 }
 
 // targetHelp lists the options of a target format.
-func (a *app) targetHelp(ctx context.Context, name string) error {
+func (a *app) targetHelp(ctx context.Context, name formatFlag) error {
 	s, err := a.session()
 	if err != nil {
 		return err
@@ -310,11 +310,13 @@ func (a *app) openConvertSource(ctx context.Context, f *convertFlags, name strin
 	if err != nil {
 		return nil, err
 	}
-	opts.Format = f.source.format
+	if opts.Format, err = f.source.format.opening(); err != nil {
+		return nil, fmt.Errorf("Could not open '%s': %w", name, err)
+	}
 	if opts.Format == "" {
 		// What comes through a pipe is taken for what it is, not for what it
 		// looks like.
-		p, err := a.formatOrFallback(opener.Session, "", "")
+		p, err := a.formatOrFallback(opener.Session, formatFlag{}, "")
 		if err != nil {
 			return nil, err
 		}
@@ -412,7 +414,11 @@ func (a *app) convertInPlace(ctx context.Context, f *convertFlags, source *copie
 	if err != nil {
 		return err
 	}
-	open := image.Options{Format: f.target}
+	format, err := f.target.opening()
+	if err != nil {
+		return fmt.Errorf("Could not open '%s': %w", output, err)
+	}
+	open := image.Options{Format: format}
 	if f.targetOpts {
 		named, err := image.ParseImageOptions(output)
 		if err != nil {
@@ -423,7 +429,7 @@ func (a *app) convertInPlace(ctx context.Context, f *convertFlags, source *copie
 		output = named.Path
 	}
 	if open.Format == "" && !open.Protocol {
-		p, err := a.formatOrFallback(opener.Session, "", "")
+		p, err := a.formatOrFallback(opener.Session, formatFlag{}, "")
 		if err != nil {
 			return err
 		}

@@ -21,7 +21,7 @@ import (
 
 // createFlags is create's command line.
 type createFlags struct {
-	format        string
+	format        formatFlag
 	options       []string
 	backing       string
 	backingFormat string
@@ -53,7 +53,7 @@ and -F. Without SIZE the backing file's size is used.`,
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
-	flags.StringVarP(&f.format, "format", "f", "", "format of the image")
+	flags.VarP(&f.format, "format", "f", "format of the image")
 	flags.StringArrayVarP(&f.options, "options", "o", nil, "format options KEY=VALUE,... (help lists them)")
 	flags.StringVarP(&f.backing, "backing", "b", "", "backing file: the new image holds what differs from it")
 	flags.StringVarP(&f.backingFormat, "backing-format", "F", "", "format of the backing file")
@@ -227,18 +227,21 @@ func splitOptions(options []string) (settings []option.Setting, help bool, err e
 }
 
 // formatOrFallback returns the plugin for -f, without -f the fallback format's.
-func (a *app) formatOrFallback(s *session.Session, name, filename string) (*discover.Plugin, error) {
+func (a *app) formatOrFallback(s *session.Session, format formatFlag, filename string) (*discover.Plugin, error) {
 	prefix := ""
 	if filename != "" {
 		prefix = filename + ": "
 	}
-	if name == "" {
+	switch {
+	case format.given && format.name == "":
+		return nil, fmt.Errorf("%sUnknown file format ''", prefix)
+	case !format.given:
 		if p := s.Plugins.Fallback(); p != nil {
 			return p, nil
 		}
 		return nil, fmt.Errorf("%sno -f given, and no installed format stands in for any content", prefix)
 	}
-	p, err := s.Plugins.ByName(name)
+	p, err := s.Plugins.ByName(format.name)
 	if err != nil {
 		return nil, fmt.Errorf("%s%w", prefix, err)
 	}
@@ -267,7 +270,7 @@ func (f *createFlags) settings(args []string, schema option.Schema, fromO []opti
 			continue
 		}
 		if _, ok := schema.Find(x.key); !ok {
-			return nil, fmt.Errorf("%s: %s not supported for file format '%s'", args[0], x.what, f.format)
+			return nil, fmt.Errorf("%s: %s not supported for file format '%s'", args[0], x.what, f.format.name)
 		}
 		own = append(own, option.Setting{Key: x.key, Value: x.value})
 	}

@@ -16,10 +16,10 @@ import (
 // ddFlags is dd's command line.
 type ddFlags struct {
 	source  sourceFlags
-	target  string
+	target  formatFlag
 	snap    string
 	inPlace bool
-	objects []string
+	objects func() error
 }
 
 func (a *app) ddCommand() *cobra.Command {
@@ -41,10 +41,10 @@ func (a *app) ddCommand() *cobra.Command {
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	f.source.register(flags)
-	flags.StringVarP(&f.target, "target-format", "O", "", "format of the output")
+	flags.VarP(&f.target, "target-format", "O", "format of the output")
 	flags.StringVarP(&f.snap, "snapshot", "l", "", "internal snapshot of the input")
 	flags.BoolVarP(&f.inPlace, "no-create", "n", false, "write into an output that exists")
-	flags.StringArrayVar(&f.objects, "object", nil, "accepted for qemu-img's sake: objects serve encryption, which is deferred")
+	f.objects = objectsFlag(flags)
 	a.completeFormats(cmd, "format", "target-format")
 	return cmd
 }
@@ -119,10 +119,8 @@ func (d *ddOperands) window(size int64) (off, length int64, beyond bool) {
 
 // dd is the verb.
 func (a *app) dd(ctx context.Context, f *ddFlags, args []string) error {
-	for _, o := range f.objects {
-		if err := checkObject(o); err != nil {
-			return err
-		}
+	if err := f.objects(); err != nil {
+		return err
 	}
 	d, err := parseDD(args)
 	if err != nil {

@@ -16,10 +16,11 @@ import (
 
 // infoFlags is info's command line.
 type infoFlags struct {
-	source sourceFlags
-	output string
-	layout string
-	chain  bool
+	source  sourceFlags
+	objects func() error
+	output  string
+	layout  string
+	chain   bool
 }
 
 func (a *app) infoCommand() *cobra.Command {
@@ -33,35 +34,66 @@ func (a *app) infoCommand() *cobra.Command {
 	flags.SortFlags = false
 	f.source.register(flags)
 	flags.StringVar(&f.output, "output", "human", "form of the result: human, json, or ndjson (a line for each image)")
-	flags.BoolVar(&f.chain, "backing-chain", false, "describe the backing files too")
+	flags.BoolVarP(&f.chain, "backing-chain", "b", false, "describe the backing files too")
+	f.objects = objectsFlag(flags)
 	registerLayout(flags, &f.layout)
 	return cmd
 }
 
+// formatFlag is a format's name on the command line. An empty one is a name too,
+// that of no format.
+type formatFlag struct {
+	name  string
+	given bool
+}
+
+func (v *formatFlag) Set(s string) error {
+	v.name, v.given = s, true
+	return nil
+}
+
+func (v *formatFlag) String() string { return v.name }
+func (v *formatFlag) Type() string   { return "string" }
+
+// opening returns the name of the format to open an image with, empty: detect.
+func (v *formatFlag) opening() (string, error) {
+	if v.given && v.name == "" {
+		return "", image.UnknownDriver("")
+	}
+	return v.name, nil
+}
+
 // sourceFlags say which image a reading verb opens, and how.
 type sourceFlags struct {
-	format    string
+	format    formatFlag
 	shared    bool
 	imageOpts bool
 }
 
 func (f *sourceFlags) register(flags *pflag.FlagSet) {
-	flags.StringVarP(&f.format, "format", "f", "", "format of the image; detected where not given")
+	flags.VarP(&f.format, "format", "f", "format of the image; detected where not given")
 	flags.BoolVarP(&f.shared, "force-share", "U", false, "open an image that another process uses")
 	flags.BoolVar(&f.imageOpts, "image-opts", false, "FILENAME is driver=FMT,file.filename=PATH,...")
 }
 
+// errExclusive has qemu-img's words.
+var errExclusive = errors.New("--image-opts and --format are mutually exclusive")
+
 // parse says what an argument names.
 func (f *sourceFlags) parse(name string) (*image.Source, error) {
 	if f.imageOpts {
-		if f.format != "" {
-			return nil, usagef("--image-opts and --format are mutually exclusive")
+		if f.format.given {
+			return nil, errExclusive
 		}
 		return image.ParseImageOptions(name)
 	}
+	format, err := f.format.opening()
+	if err != nil {
+		return nil, err
+	}
 	source, err := image.ParseName(name)
-	if err == nil && f.format != "" {
-		source.Format = f.format
+	if err == nil && format != "" {
+		source.Format = format
 	}
 	return source, err
 }
@@ -105,6 +137,9 @@ func (a *app) info(ctx context.Context, f *infoFlags, args []string) error {
 	}
 	if len(args) == 0 {
 		return usagef("Expecting one image file name")
+	}
+	if err := f.objects(); err != nil {
+		return err
 	}
 	style, err := a.style(f.layout)
 	if err != nil {

@@ -27,8 +27,11 @@ func run(args []string) int {
 	a := &app{name: filepath.Base(args[0]), out: os.Stdout, err: os.Stderr}
 	defer a.close()
 	root := a.rootCommand()
-	root.SetArgs(args[1:])
-	err := root.ExecuteContext(ctx)
+	line, err := normalise(root, args[1:])
+	if err == nil {
+		root.SetArgs(line)
+		err = root.ExecuteContext(ctx)
+	}
 	if err == nil {
 		return 0
 	}

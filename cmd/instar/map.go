@@ -17,11 +17,12 @@ import (
 
 // mapFlags is map's command line.
 type mapFlags struct {
-	source sourceFlags
-	output string
-	layout string
-	start  string
-	length string
+	source  sourceFlags
+	objects func() error
+	output  string
+	layout  string
+	start   string
+	length  string
 }
 
 func (a *app) mapCommand() *cobra.Command {
@@ -37,6 +38,7 @@ func (a *app) mapCommand() *cobra.Command {
 	flags.StringVar(&f.output, "output", "human", "form of the result: human, json, svg (a picture) or heat (block characters)")
 	flags.StringVarP(&f.start, "start-offset", "s", "0", "guest offset to begin at")
 	flags.StringVarP(&f.length, "max-length", "l", "", "guest bytes to show at most")
+	f.objects = objectsFlag(flags)
 	registerLayout(flags, &f.layout)
 	a.completeFormats(cmd, "format")
 	return cmd
@@ -53,6 +55,9 @@ type mapSink interface {
 func (a *app) mapImage(ctx context.Context, f *mapFlags, args []string) error {
 	if len(args) != 1 {
 		return usagef("Expecting one image file name")
+	}
+	if err := f.objects(); err != nil {
+		return err
 	}
 	style, err := a.style(f.layout)
 	if err != nil {

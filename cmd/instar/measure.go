@@ -19,9 +19,9 @@ import (
 // measureFlags is measure's command line.
 type measureFlags struct {
 	source   sourceFlags
-	target   string
+	target   formatFlag
 	options  []string
-	objects  []string
+	objects  func() error
 	size     string
 	snapshot string
 	output   string
@@ -38,11 +38,11 @@ func (a *app) measureCommand() *cobra.Command {
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	f.source.register(flags)
-	flags.StringVarP(&f.target, "target-format", "O", "", "format of the image to be made")
+	flags.VarP(&f.target, "target-format", "O", "format of the image to be made")
 	flags.StringArrayVarP(&f.options, "options", "o", nil, "format options KEY=VALUE,... (help lists them)")
-	flags.StringVar(&f.size, "size", "", "virtual size of a new, empty image")
+	flags.StringVarP(&f.size, "size", "s", "", "virtual size of a new, empty image")
 	flags.StringVarP(&f.snapshot, "snapshot", "l", "", "measure an internal snapshot of the source")
-	flags.StringArrayVar(&f.objects, "object", nil, "accepted for qemu-img's sake: objects serve encryption, which is deferred")
+	f.objects = objectsFlag(flags)
 	flags.StringVar(&f.output, "output", "human", "form of the result: human, json, or ndjson (a line for each image)")
 	f.keys.register(flags)
 	a.completeFormats(cmd, "format", "target-format")
@@ -57,15 +57,13 @@ type measured struct {
 
 // checkStatic checks what needs no image.
 func (f *measureFlags) checkStatic(args []string) error {
-	for _, o := range f.objects {
-		if err := checkObject(o); err != nil {
-			return err
-		}
+	if err := f.objects(); err != nil {
+		return err
 	}
 	switch {
 	case len(args) > 0 && f.size != "":
 		return errors.New("--size N cannot be used together with a filename.")
-	case len(args) == 0 && (f.source.format != "" || f.snapshot != "" || f.source.imageOpts):
+	case len(args) == 0 && (f.source.format.given || f.snapshot != "" || f.source.imageOpts):
 		return errors.New("--image-opts, -f, and -l require a filename argument.")
 	case len(args) == 0 && f.size == "":
 		return errors.New("Either --size N or one filename must be specified.")

@@ -42,6 +42,19 @@ func qemuImg10(t *testing.T) []string {
 	return []string{loader[0], "--library-path", filepath.Dir(loader[0]), tool}
 }
 
+// program returns the path of the built instar.
+func program(t *testing.T) string {
+	t.Helper()
+	instar, err := filepath.Abs("../../bin/instar")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(instar); err != nil {
+		t.Fatalf("%v: run `make build` first", err)
+	}
+	return instar
+}
+
 // outcome is what a caller sees of a command.
 type outcome struct {
 	Code           int
@@ -50,9 +63,15 @@ type outcome struct {
 
 func run(t *testing.T, dir string, argv ...string) outcome {
 	t.Helper()
+	return runAs(t, dir, "10.0", argv...)
+}
+
+// runAs runs a command, instar as the given version of qemu-img.
+func runAs(t *testing.T, dir, version string, argv ...string) outcome {
+	t.Helper()
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "LC_ALL=C", "INSTAR_QEMU_VERSION=10.0")
+	cmd.Env = append(os.Environ(), "LC_ALL=C", "INSTAR_QEMU_VERSION="+version)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	var exit *exec.ExitError
@@ -103,13 +122,7 @@ ln -s base.qcow2 link.qcow2
 // TestLayout10 wants every byte and exit code to be qemu-img 10's.
 func TestLayout10(t *testing.T) {
 	qemu := qemuImg10(t)
-	instar, err := filepath.Abs("../../bin/instar")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(instar); err != nil {
-		t.Fatalf("%v: run `make build` first", err)
-	}
+	instar := program(t)
 	dir := t.TempDir()
 	formattest.Script(t, dir, images)
 	entries, err := os.ReadDir(dir)
