@@ -33,11 +33,11 @@ func (p *plan) Measure(_ context.Context, req sdk.MeasureRequest) (sdk.MeasureRe
 }
 
 // bitmapsSpace returns the host bytes of fully allocated bitmaps, their tables
-// and their directory. Inconsistent ones are not copied.
+// and their directory. Inconsistent ones count, as for qemu-img.
 func (g *geometry) bitmapsSpace(size int64, bitmaps []sdk.BitmapInfo) int64 {
 	var clusters, directory int64
 	for _, b := range bitmaps {
-		if b.Inconsistent || b.Granularity <= 0 {
+		if b.Granularity <= 0 {
 			continue
 		}
 		n := g.bitmapClusters(size, b.Granularity)

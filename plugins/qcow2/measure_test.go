@@ -1,10 +1,13 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"testing"
 
@@ -65,7 +68,22 @@ func TestMeasureBitmaps(t *testing.T) {
 	for _, b := range [][2]string{{"one", "65536"}, {"a-longer-name-than-the-first", "512"}, {"third", "2M"}} {
 		formattest.Oracle(t, "qemu-img", "bitmap", "--add", "-g", b[1], path, b[0])
 	}
+	// Marks the first one as being in use: the directory is behind the header's
+	// extension, the flags behind table offset and size.
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	be := binary.BigEndian
+	ext := bytes.Index(b, be.AppendUint32(nil, extBitmaps))
+	b[be.Uint64(b[ext+8+16:])+15] |= bitmapInUse
+	if err := os.WriteFile(path, b, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	req := sdk.MeasureRequest{Bitmaps: formattest.Open(t, New(), path, false).Info.Bitmaps}
+	if !req.Bitmaps[0].Inconsistent || req.Bitmaps[1].Inconsistent {
+		t.Fatalf("bitmaps %+v: the first one should be inconsistent", req.Bitmaps)
+	}
 	for _, opts := range []string{"cluster_size=64k", "cluster_size=4k", "cluster_size=2M"} {
 		got, want := measure(t, 100<<30, opts, req), measureByQemu(t, "-o", opts, path)
 		if want.Bitmaps == nil || got.Bitmaps != *want.Bitmaps || got.Required != want.Required {
