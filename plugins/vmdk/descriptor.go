@@ -198,7 +198,7 @@ func (d *descriptor) addExtent(text string) error {
 // disk data base given.
 func (d *descriptor) append(b []byte, database []string) []byte {
 	b = append(b, "# Disk DescriptorFile\nversion=1\n"...)
-	b = fmt.Appendf(b, "CID=%x\nparentCID=%x\ncreateType=\"%s\"\n", d.cid, d.parentCID, d.createType)
+	b = fmt.Appendf(b, "CID=%08x\nparentCID=%x\ncreateType=\"%s\"\n", d.cid, d.parentCID, d.createType)
 	if d.hasParentHint {
 		b = fmt.Appendf(b, "parentFileNameHint=\"%s\"", d.parentHint)
 	}
@@ -238,7 +238,7 @@ func replaceCID(b []byte, cid uint32) ([]byte, error) {
 		if ok && bytes.EqualFold(bytes.TrimSpace(key), []byte("CID")) {
 			end := bytes.TrimRight(line, "\r")
 			out := append([]byte{}, b[:at]...)
-			out = fmt.Appendf(out, "CID=%x", cid)
+			out = fmt.Appendf(out, "CID=%08x", cid)
 			return append(out, b[at+len(end):]...), nil
 		}
 		at += len(line) + 1

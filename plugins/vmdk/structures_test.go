@@ -78,7 +78,7 @@ func TestDescriptorRoundTrip(t *testing.T) {
 	if err := got.decode(b); err != nil || got.cid != 0xffee || got.parentCID != want.parentCID {
 		t.Errorf("after replaceCID: %+v, %v", got, err)
 	}
-	if crlf, err := replaceCID([]byte("CID=1\r\nparentCID=2\r\n"), 3); err != nil || string(crlf) != "CID=3\r\nparentCID=2\r\n" {
+	if crlf, err := replaceCID([]byte("CID=1\r\nparentCID=2\r\n"), 3); err != nil || string(crlf) != "CID=00000003\r\nparentCID=2\r\n" {
 		t.Errorf("%q, %v", crlf, err)
 	}
 	if _, err := replaceCID([]byte("parentCID=2\n"), 3); err == nil {
