@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/spf13/cobra"
 
 	"github.com/instar-img/instar/cmd/instar/internal/render"
+	"github.com/instar-img/instar/internal/host/errno"
 	"github.com/instar-img/instar/internal/host/image"
 	"github.com/instar-img/instar/sdk"
 )
@@ -110,7 +112,12 @@ func (a *app) check(ctx context.Context, f *checkFlags, args []string) error {
 		progress = render.NewProgress(a.out, 1)
 	}
 	all := parts{part: make([]float64, len(args)), set: progress.Set}
+	turns := takeTurns(args, fix != sdk.FixNone)
 	work := func(ctx context.Context, i int, name string) (*checked, error) {
+		defer close(turns[i].done)
+		if err := turns[i].wait(ctx); err != nil {
+			return nil, err
+		}
 		return a.checkOne(ctx, f, fix, name, out.many, all.of(i))
 	}
 	emit := func(c *checked) error {
@@ -147,6 +154,46 @@ func (a *app) check(ctx context.Context, f *checkFlags, args []string) error {
 	return err
 }
 
+// turn is when an image's turn comes: an image that is named twice is not
+// repaired by two at a time, who would keep each other out.
+type turn struct {
+	file   os.FileInfo
+	before <-chan struct{} // closed when the image's other check is done
+	done   chan struct{}
+}
+
+// takeTurns returns the turns of the images. Where nothing is repaired nobody
+// waits.
+func takeTurns(names []string, repair bool) []turn {
+	turns := make([]turn, len(names))
+	for i, name := range names {
+		turns[i].done = make(chan struct{})
+		if !repair {
+			continue
+		}
+		turns[i].file, _ = os.Stat(name) // what is no file is reported when it is opened
+		for j := range i {
+			if turns[i].file != nil && turns[j].file != nil && os.SameFile(turns[i].file, turns[j].file) {
+				turns[i].before = turns[j].done
+			}
+		}
+	}
+	return turns
+}
+
+// wait waits for the turn.
+func (t *turn) wait(ctx context.Context) error {
+	if t.before == nil {
+		return nil
+	}
+	select {
+	case <-t.before:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // checkOne checks an image. An exitCode as the error comes with the outcome.
 func (a *app) checkOne(ctx context.Context, f *checkFlags, fix sdk.Fix, name string, many bool, progress func(float64)) (*checked, error) {
 	chain, err := a.openSource(ctx, &f.source, name, image.Options{Check: true, ReadWrite: fix != sdk.FixNone})
@@ -159,6 +206,9 @@ func (a *app) checkOne(ctx context.Context, f *checkFlags, fix sdk.Fix, name str
 	say := func(line string) { fmt.Fprintln(a.err, render.Escape(line)) }
 	if many {
 		say = func(line string) { c.messages.add(a.shown(name) + ": " + render.Escape(line)) }
+	}
+	for _, err := range layer.Refused {
+		say(errno.Text(err))
 	}
 	checker, ok := sdk.As[sdk.Checker](layer.Image)
 	if !ok || fix != sdk.FixNone && !layer.Plugin.Manifest.Has(sdk.CapRepair) {

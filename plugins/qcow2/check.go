@@ -565,7 +565,15 @@ func (c *checker) block(i int64) ([]byte, error) {
 	if off&uint64(c.im.g.clusterSize-1) != 0 {
 		if !c.signaled {
 			c.signaled = true
-			c.say("qcow2: Marking image as corrupt: Refblock offset %#x unaligned (reftable index: %#x); further corruption events will be suppressed", off, i)
+			corrupt := "Image is corrupt: %s; further non-fatal corruption events will be suppressed"
+			if c.req.Fix != sdk.FixNone {
+				corrupt = "Marking image as corrupt: %s; further corruption events will be suppressed"
+			}
+			index := "0"
+			if i != 0 {
+				index = fmt.Sprintf("%#x", i)
+			}
+			c.say("qcow2: "+corrupt, fmt.Sprintf("Refblock offset %#x unaligned (reftable index: %s)", off, index))
 		}
 		return nil, errEIO
 	}
