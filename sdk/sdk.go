@@ -178,7 +178,8 @@ type Image interface {
 	// Map calls yield with runs of extents of the guest range [off, off+length):
 	// ascending, contiguous, starting at off, each non-empty, neighbours that
 	// continue each other merged. It stops early without error when yield
-	// returns false. The range lies inside the virtual size.
+	// returns false. The range lies inside the virtual size. Where a part cannot be
+	// mapped, what lies before it is yielded before the error.
 	Map(ctx context.Context, off, length int64, yield func([]Extent) bool) error
 	// Close drops the files. The core closes them itself.
 	Close() error

@@ -39,7 +39,7 @@ func (im *image) Decode(ctx context.Context, e sdk.Extent, dst []byte) error {
 		return err
 	}
 	if im.h.crypt != cryptNone {
-		return fmt.Errorf("guest offset %#x: encrypted cluster: %w", e.Offset, sdk.ErrUnsupported)
+		return fmt.Errorf("encrypted cluster at %#x: %w", e.HostOffset, sdk.ErrUnsupported)
 	}
 	into := e.Offset & (im.g.clusterSize - 1)
 	if e.Kind != sdk.Encoded || e.Length != int64(len(dst)) || into+e.Length > im.g.clusterSize ||
@@ -62,7 +62,7 @@ func (im *image) Decode(ctx context.Context, e sdk.Extent, dst []byte) error {
 	// The last sector may be cut by the end of the file.
 	n, err := f.ReadAt(d.in, e.HostOffset)
 	if err != nil && (!errors.Is(err, io.EOF) || n == 0) {
-		return fmt.Errorf("guest offset %#x: compressed cluster at %#x: %w", e.Offset, e.HostOffset, err)
+		return fmt.Errorf("compressed cluster at %#x: %w", e.HostOffset, err)
 	}
 	out, whole := dst, e.Length == im.g.clusterSize && im.h.compression != compressionZstd
 	if !whole {
@@ -77,7 +77,7 @@ func (im *image) Decode(ctx context.Context, e sdk.Extent, dst []byte) error {
 		err = inflate.Fill(out, d.in[:n])
 	}
 	if err != nil {
-		return fmt.Errorf("guest offset %#x: compressed cluster at %#x: %w: %w", e.Offset, e.HostOffset, err, sdk.ErrCorrupt)
+		return fmt.Errorf("compressed cluster at %#x: %w: %w", e.HostOffset, err, sdk.ErrCorrupt)
 	}
 	if !whole {
 		copy(dst, out[into:])

@@ -69,8 +69,18 @@ func (im *image) Map(ctx context.Context, off, length int64, yield func([]sdk.Ex
 		return err
 	}
 	m := &mapper{im: im, file: file, sparse: im.preallocated(), end: off + length, yield: yield}
+	err = m.walk(ctx, off, tables)
+	if len(m.extents) > 0 && !m.stopped {
+		m.yield(m.extents)
+	}
+	return err
+}
+
+// walk maps [pos, m.end), by at most so many L2 tables.
+func (m *mapper) walk(ctx context.Context, pos, tables int64) error {
+	im := m.im
 	l2Span := int64(1) << im.g.l1Shift
-	for pos := off; pos < m.end && !m.stopped; {
+	for pos < m.end && !m.stopped {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -99,9 +109,6 @@ func (im *image) Map(ctx context.Context, off, length int64, yield func([]sdk.Ex
 			return err
 		}
 		pos = end
-	}
-	if len(m.extents) > 0 && !m.stopped {
-		m.yield(m.extents)
 	}
 	return nil
 }

@@ -49,11 +49,10 @@ func (img *image) Map(ctx context.Context, off, length int64, yield func([]sdk.E
 	if errors.Is(err, errStop) {
 		return nil
 	}
-	if err != nil {
-		return err
+	if !m.stopped {
+		m.flush()
 	}
-	m.flush()
-	return nil
+	return err
 }
 
 // errStop ends a walk that its caller has enough of.

@@ -68,11 +68,8 @@ func (img *image) Map(ctx context.Context, off, length int64, yield func([]sdk.E
 		n := min(end, (block+1)*g.blockSize) - start
 		return !x.stopped, img.mapBlock(x, block, e, start, n)
 	})
-	if err != nil {
-		return err
-	}
 	x.flush()
-	return nil
+	return err
 }
 
 // mapBlock adds the n guest bytes at start, which lie in one block.

@@ -29,6 +29,7 @@ func (img *image) Map(ctx context.Context, off, length int64, yield func([]sdk.E
 		}
 		more, err := e.mapRange(ctx, off-e.start, n, &m)
 		if err != nil {
+			m.flush()
 			return fmt.Errorf("extent %d: %w", i, err)
 		}
 		if !more {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 
 	"github.com/instar-img/instar/sdk/client"
@@ -45,6 +46,15 @@ type CompareError struct {
 
 func (e *CompareError) Error() string { return fmt.Sprintf("guest offset %d: %v", e.Offset, e.Err) }
 func (e *CompareError) Unwrap() error { return e.Err }
+
+// bare is err without the place that a reader puts before it: CompareError says
+// that itself.
+func bare(err error) error {
+	if inner := errors.Unwrap(err); inner != nil && strings.HasPrefix(err.Error(), "error while reading at byte ") {
+		return inner
+	}
+	return err
+}
 
 const (
 	// compareSize is how much of each disk is compared at a time.
@@ -266,7 +276,7 @@ func (c *comparison) compareStep(ctx context.Context, s *span, off, length int64
 		}
 		if err != nil {
 			if ctx.Err() == nil {
-				c.find(finding{off: off, err: &CompareError{Second: i == 1, Offset: pieces[0].Offset, Err: err}})
+				c.find(finding{off: off, err: &CompareError{Second: i == 1, Offset: pieces[0].Offset, Err: bare(err)}})
 			}
 			return false
 		}

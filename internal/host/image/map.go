@@ -46,6 +46,7 @@ const mapBatch = 4096
 // Map calls yield with the extents of the guest range [off, off+length), all
 // layers merged: ascending, contiguous, non-empty, neighbours that continue
 // each other joined. It stops early without error when yield returns false.
+// Before an error comes what lies before the damage.
 //
 // A range that no layer holds has the depth of the last layer asked: the last
 // of all, or the one whose backing file is too short to reach there.
@@ -59,10 +60,11 @@ func (c *Chain) Map(ctx context.Context, off, length int64, yield func([]Extent)
 		defer cursors[i].close()
 	}
 	var out []Extent
+	var err error
 	for pos := off; pos < end; {
-		e, err := c.at(cursors, pos, end)
-		if err != nil {
-			return err
+		var e Extent
+		if e, err = c.at(cursors, pos, end); err != nil {
+			break
 		}
 		if n := len(out); n > 0 && out[n-1].continues(&e) {
 			out[n-1].Length += e.Length
@@ -78,10 +80,10 @@ func (c *Chain) Map(ctx context.Context, off, length int64, yield func([]Extent)
 		}
 		pos = e.Offset + e.Length
 	}
-	if len(out) > 0 {
-		yield(out)
+	if len(out) > 0 && !yield(out) {
+		return nil
 	}
-	return nil
+	return err
 }
 
 // at returns the extent that begins at pos, cut where any layer that was asked

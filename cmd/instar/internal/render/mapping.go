@@ -40,7 +40,6 @@ type Map struct {
 	json    bool
 	style   Style
 	pending MapEntry
-	printed bool
 }
 
 // NewMap begins a map whose first entry will start at guest offset start.
@@ -67,6 +66,9 @@ func (m *Map) Add(e MapEntry) error {
 		if err := m.print(&m.pending); err != nil {
 			return err
 		}
+		if m.json {
+			m.w.WriteString(",\n")
+		}
 	}
 	m.pending = e
 	return nil
@@ -88,10 +90,6 @@ func (m *Map) Close() error {
 
 func (m *Map) print(e *MapEntry) error {
 	if m.json {
-		if m.printed {
-			m.w.WriteString(",\n")
-		}
-		m.printed = true
 		fmt.Fprintf(m.w, `{ "start": %d, "length": %d, "depth": %d, "present": %t, "zero": %t, "data": %t`,
 			e.Start, e.Length, e.Depth, e.Present, e.Zero, e.Data)
 		if m.style.Layout != Layout72 {
