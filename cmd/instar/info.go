@@ -201,7 +201,7 @@ func closeChain(chain *image.Chain, release bool) {
 // describe collects what info shows of a layer.
 func describe(layer *image.Layer) render.Image {
 	m := render.Image{
-		Filename: layer.Path, Format: layer.Format(), Info: layer.Info,
+		Filename: layer.Path, Format: layer.Format(), Protocol: layer.Protocol, Info: layer.Info,
 		ActualSize: layer.AllocatedSize(), Paths: map[string]string{},
 	}
 	for i := len(layer.Files) - 1; i >= 0 && !layer.Protocol; i-- {

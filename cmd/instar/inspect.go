@@ -19,7 +19,7 @@ const inspectUnsafe exitCode = 1
 
 // inspectFlags is inspect's command line.
 type inspectFlags struct {
-	format string
+	format formatFlag
 	output string
 	allow  []string
 }
@@ -39,7 +39,7 @@ the one as which it is judged.`,
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
-	flags.StringVarP(&f.format, "format", "f", "", "format that the image must have")
+	flags.VarP(&f.format, "format", "f", "format that the image must have")
 	flags.StringArrayVar(&f.allow, "allow", nil, "rule that may be broken (help lists them)")
 	flags.StringVar(&f.output, "output", "human", "form of the result: human or json")
 	a.completeFormats(cmd, "format")
@@ -91,12 +91,16 @@ func (a *app) inspect(ctx context.Context, f *inspectFlags, args []string) error
 	if len(args) != 1 {
 		return usagef("Expecting one image file name")
 	}
+	format, err := f.format.opening()
+	if err != nil {
+		return fmt.Errorf("Could not open '%s': %w", args[0], err)
+	}
 	opener, err := a.opener()
 	if err != nil {
 		return err
 	}
 	opener.Gate, opener.Warn = &gate.Policy{Untrusted: true}, nil
-	v, err := inspect.Image(ctx, opener, inspect.Request{Path: args[0], Format: f.format, Allow: f.allow})
+	v, err := inspect.Image(ctx, opener, inspect.Request{Path: args[0], Format: format, Allow: f.allow})
 	if err != nil {
 		return err
 	}

@@ -130,7 +130,7 @@ info --image-opts driver=,file.filename=a.qcow2
 info --image-opts file.filename=
 info --image-opts filename=a.qcow2
 info --image-opts driver=raw,filename=a.qcow2
-old info --output=json --image-opts driver=file,filename=a.qcow2
+info --output=json --image-opts driver=file,filename=a.qcow2
 info --image-opts driver=file,filename=a.qcow2
 map --image-opts driver=file,filename=a.qcow2
 check --image-opts driver=file,filename=a.qcow2

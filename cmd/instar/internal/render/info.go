@@ -9,6 +9,8 @@ import (
 
 // Image is one image as info shows it.
 type Image struct {
+	// Protocol: it is the file itself, Format its driver.
+	Protocol bool
 	Filename string // as the user named it, or as the chain leads to it
 	Format   string
 	// ActualSize is the disk space of all its files; -1 where unknown.
@@ -216,6 +218,9 @@ func (m *Image) Object(style Style) *Object {
 	}
 	if style.Layout == Layout72 {
 		return o
+	}
+	if m.Protocol {
+		o.Set("format-specific", specificObject("file", m.facts(nil, style)))
 	}
 	children := []any{}
 	for _, c := range m.Children {
