@@ -132,7 +132,7 @@ var verbs = []string{
 
 // notAhead are flags with which no plugin is needed, or one that is started
 // with other settings.
-var notAhead = []string{"-h", "--help", "-V", "--version", "-v", "--verbose", "--untrusted", "--untrusted=true"}
+var notAhead = []string{"-h", "--help", "-V", "--version", "-v", "--verbose"}
 
 // flags that name the format of an image, by what is known of them here.
 var flags = map[string]byte{
@@ -153,7 +153,7 @@ func guessOf(args []string) (guess, bool) {
 		}
 		flag, isFormat := flags[name]
 		switch {
-		case slices.Contains(notAhead, arg) || strings.HasPrefix(arg, "--max-memory"):
+		case slices.Contains(notAhead, arg) || strings.HasPrefix(arg, "--max-memory") || strings.HasPrefix(arg, "--untrusted"):
 			return guess{}, false
 		case isFormat && hasValue:
 			named[flag] = value
