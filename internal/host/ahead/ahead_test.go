@@ -108,13 +108,11 @@ func TestGuessedPlugin(t *testing.T) {
 		words := strings.Fields(c.line)
 		for i, w := range words {
 			if strings.HasSuffix(w, ".img") || w == "." {
-				key, name, ok := strings.Cut(w, "if=")
-				if !ok {
-					key, name = "", w
-				} else {
-					key = "if="
+				name, dd := strings.CutPrefix(w, "if=")
+				words[i] = filepath.Join(dir, name)
+				if dd {
+					words[i] = "if=" + words[i]
 				}
-				words[i] = key + filepath.Join(dir, name)
 			}
 		}
 		g, ok := guessOf(append([]string{"instar"}, words...))

@@ -1,6 +1,7 @@
 package copier
 
 import (
+	"cmp"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -12,18 +13,26 @@ import (
 // anything but zeros. One who has the place can write what it reads while that
 // is in a cache; what turns out to be zeros is given back.
 type ahead struct {
-	on atomic.Bool
+	on    atomic.Bool // place the next step ahead
+	takes bool        // the target takes places back; where it writes in place there are none
 
 	mu           sync.Mutex
-	total, zeros int64     // bytes placed ahead, and given back of them
-	back         []sdk.Run // to be given back
-	used         map[int64]bool
+	total, zeros int64          // bytes placed ahead, and given back of them
+	back         []sdk.Run      // to be given back
+	used         map[int64]bool // units larger than cells, by guest offset: something was written there
+}
+
+// begin decides whether to place ahead at all. What is reproducible must not
+// depend on which of two goroutines gives back first.
+func (a *ahead) begin(c *copy_) {
+	a.takes = c.info.Ahead && !c.info.InPlace && c.dst.Fresh && !c.opts.Reproducible
+	a.on.Store(!c.encode && !c.explode && (c.info.InPlace || a.takes))
 }
 
 // placed notes what units a step has places for. Those of units that several
 // cells share are given back when the last is known.
 func (a *ahead) placed(c *copy_, s *step, units []sdk.Run) {
-	if c.info.InPlace || !c.info.Ahead {
+	if !a.takes {
 		return
 	}
 	a.mu.Lock()
@@ -50,9 +59,9 @@ func (a *ahead) use(c *copy_, units []sdk.Run, written bool) {
 	}
 }
 
-// moved notes what a step that was placed ahead holds.
+// moved notes what of the units asked for a step that was placed ahead has data.
 func (a *ahead) moved(c *copy_, asked, data []sdk.Run) {
-	if c.info.InPlace {
+	if !a.takes {
 		return
 	}
 	a.mu.Lock()
@@ -91,7 +100,7 @@ func (a *ahead) take() []sdk.Run {
 	defer a.mu.Unlock()
 	runs := a.back
 	a.back = nil
-	slices.SortFunc(runs, func(x, y sdk.Run) int { return int(min(max(x.Offset-y.Offset, -1), 1)) })
+	slices.SortFunc(runs, func(x, y sdk.Run) int { return cmp.Compare(x.Offset, y.Offset) })
 	return runs
 }
 
@@ -122,6 +131,7 @@ func (c *copy_) mover() {
 	}
 }
 
+// move reads a step into mine and writes it.
 func (c *copy_) move(s *step, mine *slot) error {
 	asked := c.units(s.data)
 	s.slot, s.data = mine, nil

@@ -172,7 +172,7 @@ func Copy(ctx context.Context, src *Source, dst *Target, opts Options) (Stats, e
 	if err := c.keepTail(ctx); err != nil {
 		return Stats{}, err
 	}
-	c.ahead.on.Store(!c.encode && !c.explode && (info.InPlace || info.Ahead && dst.Fresh && !opts.Reproducible))
+	c.ahead.begin(c)
 	c.reader = newReader(opts.Workers, opts.Salvage)
 	c.limit.rate = opts.Rate
 	c.ctx, c.cancel = context.WithCancelCause(ctx)
