@@ -61,13 +61,40 @@ func TestWriteCrash(t *testing.T) {
 	}
 }
 
+// A process that is killed while it fills a new image leaves one without
+// corruptions.
+func TestConvertCrash(t *testing.T) {
+	for _, c := range []struct {
+		options    string
+		compressed bool
+	}{
+		{"cluster_size=4k", false}, {"cluster_size=16k,extended_l2=on", false}, {"cluster_size=4k,compat=0.10", false},
+		{"cluster_size=4k", true}, {"cluster_size=4k,preallocation=metadata", false},
+	} {
+		t.Run(fmt.Sprint(c.options, " compressed ", c.compressed), func(t *testing.T) {
+			states := formattest.Fresh{Format: New(), Options: c.options, Size: 256 << 10, Compressed: c.compressed}.Crashes(t, func(c formattest.Crash, made bool) {
+				if !made || c.Lost {
+					return
+				}
+				r, found, err := formattest.CheckState(New(), c.State, c.Others...)
+				if err != nil || r.Corruptions > 0 || r.CheckErrors > 0 {
+					t.Errorf("%s: check: %+v, %v %.300q", c.What, r, err, found)
+				}
+			})
+			if states < 20 {
+				t.Errorf("only %d states", states)
+			}
+		})
+	}
+}
+
 // A crash during a repair leaves the content as it was, and an image that the
 // next repair can deal with.
 func TestRepairCrash(t *testing.T) {
 	ctx := context.Background()
 	for _, fix := range []sdk.Fix{sdk.FixLeaks, sdk.FixAll} {
 		before := spoil(written(t, "cluster_size=4k"), fix == sdk.FixAll)
-		old, err := formattest.ReadState(New(), before, nil)
+		old, err := formattest.ReadState(New(), nil, before)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -91,9 +118,9 @@ func TestRepairCrash(t *testing.T) {
 			t.Fatal(err)
 		}
 		states := 0
-		log.Crashes(before, func(c formattest.Crash) {
+		log.Crashes(func(c formattest.Crash) {
 			states++
-			got, err := formattest.ReadState(New(), c.State, nil)
+			got, err := formattest.ReadState(New(), nil, c.State)
 			if err != nil || !bytes.Equal(got, old) {
 				t.Errorf("fix %v, %s: content differs (%v)", fix, c.What, err)
 			}
