@@ -59,6 +59,8 @@ func install(t *testing.T, name string) *lying {
 	write(t, l.plugins, "instar-format-"+name+".json", manifest)
 	write(t, l.dir, "src", bytes.Repeat([]byte("instar! "), 1<<20/8))
 	write(t, l.dir, "precious", []byte("precious"))
+	write(t, l.dir, "hole", append(make([]byte, 1<<19), bytes.Repeat([]byte("instar! "), 1<<19/8)...))
+	write(t, l.dir, "old", make([]byte, 1<<20))
 	return l
 }
 
@@ -78,7 +80,7 @@ func (l *lying) clean() {
 	l.t.Helper()
 	noSocketDirs(l.t, l.runtime)
 	for _, name := range strings.Fields(listing(l.t, l.dir)) {
-		if name != "src" && name != "precious" && name != "old" {
+		if name != "src" && name != "precious" && name != "hole" && name != "old" {
 			l.t.Errorf("%s was left", name)
 			os.Remove(filepath.Join(l.dir, name))
 		}
@@ -115,6 +117,12 @@ var points = []reached{
 	{"place", "convert -f raw -O @ src out"},
 	{"finish", "convert -f raw -O @ src out"},
 	{"encode", "convert -c -f raw -O @ src out"},
+	{"attach", "map -f @ src"},
+	{"attach", "convert -f @ -O raw src out"},
+	{"zero", "convert -n -f raw -O @ hole old"},
+	{"repair", "check -r all -f @ src"},
+	{"readbitmap", "convert --bitmaps -f @ -O qcow2 src out"},
+	{"writebitmap", "convert --bitmaps -f @ -O @ src out"},
 	{"close", "check -f @ src src"},
 }
 
@@ -267,32 +275,46 @@ func TestShouts(t *testing.T) {
 	})
 }
 
+// What a plugin prints is kept from the user, and does not stop it.
 func TestFlood(t *testing.T) {
-	for _, p := range []reached{{"open", "info -f @ src"}, {"decode", "convert -f @ -O raw src out"}, {"start", "info -f @ src"}} {
-		t.Run(p.when, func(t *testing.T) {
-			l := install(t, "flood-"+p.when)
-			r := l.command(p.words(l.name)...).run(t)
-			noSocketDirs(t, l.runtime)
-			if len(r.Stderr) > 8192 {
-				t.Errorf("%d bytes of noise reached the user", len(r.Stderr))
-			}
-			if p.when != "start" && r.Code != 0 {
-				t.Errorf("exit code %d: %s", r.Code, clip(r.Stderr))
-			}
-		})
-	}
+	forEach(t, "flood", func(t *testing.T, l *lying, p reached, words []string) {
+		r := l.command(words...).run(t)
+		noSocketDirs(t, l.runtime)
+		if len(r.Stderr) > 8192 {
+			t.Errorf("%d bytes of noise reached the user", len(r.Stderr))
+		}
+		// Before the handshake noise stands where it should; inspect finds what it is of.
+		if p.when != "start" && p.when != "describe" && p.when != "inspect" && r.Code != 0 {
+			t.Errorf("exit code %d: %s", r.Code, clip(r.Stderr))
+		}
+	})
 }
 
+// A plugin that eats memory is stopped, wherever it does.
 func TestEats(t *testing.T) {
 	for _, extra := range []string{"--max-memory=64M", "--untrusted"} {
-		for _, p := range []reached{{"open", "info -f @ src"}, {"map", "map -f @ src"}, {"decode", "convert -f @ -O raw src out"}, {"check", "check -f @ src"}} {
-			t.Run(p.when+extra, func(t *testing.T) {
+		for _, p := range points {
+			switch p.when {
+			case "start", "describe", "close":
+				continue // it is not limited yet, or nobody waits for the answer
+			case "open", "map", "decode", "check":
+			default:
+				if extra == "--untrusted" {
+					continue // which limit it is makes no difference
+				}
+			}
+			verb, _, _ := strings.Cut(p.args, " ")
+			t.Run(p.when+"/"+verb+extra, func(t *testing.T) {
 				l := install(t, "eat-"+p.when)
 				c := l.command(append(p.words(l.name), extra)...)
 				c.CPU = 30
 				r := c.start(t)
 				l.clean()
-				if line := r.oneLine(t); !strings.Contains(line, "memory") {
+				if p.when == "inspect" {
+					if r.Code != 1 || !strings.Contains(r.Stdout, "memory") {
+						t.Errorf("got %d: %s%s", r.Code, r.Stdout, r.Stderr)
+					}
+				} else if line := r.oneLine(t); !strings.Contains(line, "memory") {
 					t.Errorf("got %s", line)
 				}
 				if most := int64(450 << 20); r.MaxRSS > most {
@@ -300,6 +322,45 @@ func TestEats(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A plugin cannot start a process.
+func TestForks(t *testing.T) {
+	forEach(t, "fork", func(t *testing.T, l *lying, p reached, words []string) {
+		if p.when == "start" || p.when == "describe" || p.when == "close" {
+			return // its error is not asked for there
+		}
+		r := l.run(words...)
+		if p.when == "inspect" {
+			if r.Code != 1 || !strings.Contains(r.Stdout, "peration not permitted") {
+				t.Errorf("got %d: %s%s", r.Code, r.Stdout, r.Stderr)
+			}
+			return
+		}
+		if line := r.oneLine(t); !strings.Contains(line, "peration not permitted") {
+			t.Errorf("got %s", line)
+		}
+	})
+}
+
+// A plugin that speaks another protocol than its manifest says is an error that
+// names it, and both.
+func TestUnknownMajor(t *testing.T) {
+	for _, major := range []string{"0", "2", "7", "99999999999999999999", "x"} {
+		t.Run(major, func(t *testing.T) {
+			t.Parallel()
+			l := install(t, "major-"+major)
+			for _, args := range []string{"info -f @ src", "create -f @ out 1M", "convert -f raw -O @ src out"} {
+				line := l.run(reached{args: args}.words(l.name)...).oneLine(t)
+				if !strings.Contains(line, l.name) {
+					t.Errorf("%s: %s", args, line)
+				}
+				if len(major) == 1 && major != "x" && !strings.Contains(line, "speaks protocol "+major+", this instar speaks 1") {
+					t.Errorf("%s: %s", args, line)
+				}
+			}
+		})
 	}
 }
 
@@ -367,6 +428,19 @@ var lies = []struct {
 	{"place-other", "convert -f raw -O @ src out", true},
 	{"place-none", "convert -f raw -O @ src out", true},
 	{"place-twice", "convert -f raw -O @ src out", true},
+	{"bitmap-granularity", "info -f @ src; convert --bitmaps -f @ -O qcow2 src out; measure -f @ -O qcow2 src", false},
+	{"bitmap-zero", "info -f @ src; convert --bitmaps -f @ -O qcow2 src out; measure -f @ -O qcow2 src", false},
+	{"bitmap-negative", "info -f @ src; convert --bitmaps -f @ -O qcow2 src out; measure -f @ -O qcow2 src", false},
+	{"bitmap-name", "convert --bitmaps -f @ -O qcow2 src out", true},
+	{"bitmap-twice", "convert --bitmaps -f @ -O qcow2 src out", false},
+	{"bitmap-many", "convert --bitmaps -f @ -O qcow2 src out", false},
+	{"bitmap-beyond", "convert --bitmaps -f @ -O qcow2 src out", true},
+	{"bitmap-overflow", "convert --bitmaps -f @ -O qcow2 src out", true},
+	{"bitmap-minus", "convert --bitmaps -f @ -O qcow2 src out", true},
+	{"bitmap-length", "convert --bitmaps -f @ -O qcow2 src out", true},
+	{"bitmap-back", "convert --bitmaps -f @ -O qcow2 src out", false},
+	{"info-ansi", "info -f @ src; info -f @ --output json src", false},
+	{"check-ansi", "check -f @ src; check -f @ --output json src", false},
 }
 
 func TestLies(t *testing.T) {
@@ -423,10 +497,11 @@ func TestPlanExisting(t *testing.T) {
 // Without an end, an answer is cut short by --timeout.
 func TestEndless(t *testing.T) {
 	for name, args := range map[string]string{
-		"map-endless":   "convert -f @ -O raw --timeout 2s src out",
-		"map-empty":     "map -f @ --timeout 2s src",
-		"check-endless": "check -f @ --timeout 2s src",
-		"spin-open":     "info -f @ --timeout 2s src",
+		"map-endless":    "convert -f @ -O raw --timeout 2s src out",
+		"map-empty":      "map -f @ --timeout 2s src",
+		"check-endless":  "check -f @ --timeout 2s src",
+		"spin-open":      "info -f @ --timeout 2s src",
+		"bitmap-endless": "convert --bitmaps -f @ -O qcow2 --timeout 2s src out",
 	} {
 		t.Run(name, func(t *testing.T) {
 			l := install(t, name)

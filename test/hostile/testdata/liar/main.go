@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/instar-img/instar/sdk"
@@ -22,6 +23,10 @@ func main() {
 	_, name, _ := strings.Cut(filepath.Base(os.Args[0]), "instar-format-")
 	how, when, _ := strings.Cut(name, "-")
 	f := liar{name: name, how: how, when: when}
+	if how == "major" && len(os.Args) == 1 {
+		fmt.Println("1|" + when + "|unix|/nowhere|grpc|")
+		time.Sleep(24 * time.Hour)
+	}
 	if when == "start" && len(os.Args) == 1 {
 		f.at("start")
 	}
@@ -70,6 +75,11 @@ func (l liar) at(point string) error {
 			}
 			all = append(all, b)
 			_ = all
+		}
+	case "fork":
+		_, err := syscall.ForkExec("/proc/self/exe", []string{"child"}, &syscall.ProcAttr{})
+		if err != nil {
+			return fmt.Errorf("fork: %w", err)
 		}
 	case "spin":
 		for i := 0; ; i++ {
@@ -173,6 +183,31 @@ func (m *image) Info(context.Context) (*sdk.Info, error) {
 	info := &sdk.Info{VirtualSize: n, AllocationUnit: unit}
 	if m.how == "map" && m.when == "endless" {
 		info.VirtualSize = 1 << 62
+	}
+	if m.when == "attach" {
+		info.References = []sdk.Reference{{Kind: sdk.RefExtent, Role: "extent:1", Name: "precious", Required: true}}
+	}
+	if m.when == "readbitmap" || m.when == "writebitmap" || m.how == "bitmap" {
+		info.HasBitmaps = true
+		info.Bitmaps = []sdk.BitmapInfo{{Name: "b", Granularity: unit, Enabled: true}}
+		if m.how == "bitmap" {
+			switch m.when {
+			case "granularity":
+				info.Bitmaps[0].Granularity = 3
+			case "zero":
+				info.Bitmaps[0].Granularity = 0
+			case "negative":
+				info.Bitmaps[0].Granularity = math.MinInt64
+			case "name":
+				info.Bitmaps[0].Name = "\x1b[2J\rfaked: yes" + strings.Repeat("x", 1100)
+			case "twice":
+				info.Bitmaps = append(info.Bitmaps, info.Bitmaps[0])
+			case "many":
+				for i := range 2_000 {
+					info.Bitmaps = append(info.Bitmaps, sdk.BitmapInfo{Name: fmt.Sprint(i), Granularity: unit})
+				}
+			}
+		}
 	}
 	if m.how == "info" {
 		ref := func(kind sdk.ReferenceKind, name string) {
@@ -317,6 +352,11 @@ func (m *image) Check(ctx context.Context, req sdk.CheckRequest) (*sdk.CheckResu
 	if err := m.at("check"); err != nil {
 		return nil, err
 	}
+	if req.Fix != sdk.FixNone {
+		if err := m.at("repair"); err != nil {
+			return nil, err
+		}
+	}
 	if m.how == "check" {
 		switch m.when {
 		case "endless":
@@ -337,7 +377,7 @@ func (m *image) Check(ctx context.Context, req sdk.CheckRequest) (*sdk.CheckResu
 }
 
 func (m *image) BeginWrite(context.Context, sdk.WriteRequest) (sdk.WriteInfo, error) {
-	w := sdk.WriteInfo{Unit: unit, ReadsZero: true}
+	w := sdk.WriteInfo{Unit: unit, ReadsZero: m.when != "zero", Ahead: m.how == "ahead"}
 	if m.how == "unit" {
 		switch m.when {
 		case "zero":
@@ -404,6 +444,34 @@ func (m *image) Place(_ context.Context, runs []sdk.Run) ([]sdk.Placement, error
 }
 
 func (m *image) Zero(context.Context, []sdk.Run) error { return m.at("zero") }
+
+func (m *image) ReadBitmap(ctx context.Context, _ string, yield func([]sdk.Run) bool) error {
+	run := sdk.Run{Offset: 0, Length: unit}
+	if m.how == "bitmap" {
+		switch m.when {
+		case "beyond":
+			run.Offset = 1 << 40
+		case "overflow":
+			run.Offset, run.Length = math.MaxInt64-5, 100
+		case "minus":
+			run.Offset = -unit
+		case "length":
+			run.Length = -1
+		case "back":
+			yield([]sdk.Run{{Offset: 4 * unit, Length: unit}})
+		case "endless":
+			for ctx.Err() == nil && yield([]sdk.Run{run}) {
+				continue
+			}
+		}
+	}
+	yield([]sdk.Run{run})
+	return m.at("readbitmap")
+}
+
+func (m *image) WriteBitmap(context.Context, sdk.BitmapInfo, []sdk.Run) error {
+	return m.at("writebitmap")
+}
 
 func (m *image) Encode(context.Context, []sdk.Unit) error { return m.at("encode") }
 
