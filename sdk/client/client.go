@@ -110,6 +110,9 @@ func (f *Format) PlanCreate(ctx context.Context, req sdk.CreateRequest) (sdk.Pla
 	if err != nil {
 		return nil, err
 	}
+	if info.VirtualSize < 0 || info.AllocationUnit < 0 {
+		return nil, fmt.Errorf("plugin planned negative sizes (%d, %d)", info.VirtualSize, info.AllocationUnit)
+	}
 	return &plan{format: f, id: r.GetPlan(), info: info, measurable: r.GetMeasurable()}, nil
 }
 

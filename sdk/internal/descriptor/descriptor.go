@@ -169,6 +169,9 @@ func attached(oob []byte) ([]int, error) {
 	}
 	var all []int
 	for i := range messages {
+		if n := len(messages[i].Data); n%4 != 0 {
+			return all, fmt.Errorf("ancillary data: %d bytes of descriptors: %w", n, ErrClosed)
+		}
 		fds, err := unix.ParseUnixRights(&messages[i])
 		if err != nil {
 			return all, fmt.Errorf("ancillary data: %w", err)
