@@ -321,7 +321,9 @@ func descriptor(extents ...string) []byte {
 }
 
 func vmdkCases() []hostile {
-	sparse := func(name, refuse string, b []byte) hostile { return hostile{name: name, bytes: b, refuse: refuse, format: "vmdk"} }
+	sparse := func(name, refuse string, b []byte) hostile {
+		return hostile{name: name, bytes: b, refuse: refuse, format: "vmdk"}
+	}
 	return []hostile{
 		sparse("23 capacity 0", "all", vmdkHeader(0, 128, 0, 0, 512, 21, 26, 128)),
 		sparse("23 grain 0", "all", vmdkHeader(2048, 0, 1, 20, 512, 21, 26, 128)),
