@@ -127,6 +127,9 @@ func (h hostile) survive(t *testing.T) {
 				}
 			}
 			if untrusted {
+				if twice := verb == "info @" || !strings.HasPrefix(verb, "info") && words[0] != "measure" && words[0] != "compare"; !twice {
+					continue // what it reads others do under the same limits
+				}
 				words = append(words, "--untrusted")
 			}
 			r := command{Argv: words, Dir: dir, Env: []string{"XDG_RUNTIME_DIR=" + runtime}}.run(t)
@@ -257,6 +260,8 @@ func qcowCases() []hostile {
 	}
 	add("21 dirty", "", "", func(q *qcow) { q.incompat = 1 })
 	add("21 corrupt", "", "", func(q *qcow) { q.incompat = 2 })
+	// Cases of our own. CVE-2014-0144 is the class of all that follow from fields of
+	// a qcow2 header that nobody looked at: lengths, offsets, sizes of tables.
 	add("version 4", "all", "version", func(q *qcow) { q.version = 4 })
 	add("header longer than a cluster", "all", "", func(q *qcow) { q.headerLength = 1 << 31 })
 	add("header shorter than itself", "all", "", func(q *qcow) { q.headerLength = 8 })
@@ -277,9 +282,13 @@ func qcowCases() []hostile {
 		q.autoclear = 1
 		q.extend(0x23852875, binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64([]byte{0, 0, 0, 1, 0, 0, 0, 0}, 32), 1<<40))
 	})
+	// The class of CVE-2024-32498 and CVE-2024-4467, without what those name.
 	add("data-file bit without a name", "all", "", func(q *qcow) { q.incompat = 4 })
+	// The class of https://bugs.launchpad.net/qemu/+bug/1728615: refcount blocks where
+	// none can be.
 	add("refcount block beyond the file", "", "", func(q *qcow) { q.put64(cluster, 1<<50) })
 	add("refcount block unaligned", "", "", func(q *qcow) { q.put64(cluster, 2*cluster+512) })
+	// Small images that take long, as in CVE-2015-5162.
 	add("refcount blocks all one", "", "", func(q *qcow) {
 		q.put(cluster, bytes.Repeat(binary.BigEndian.AppendUint64(nil, 2*cluster), cluster/8))
 	})
@@ -336,6 +345,8 @@ func vmdkCases() []hostile {
 		sparse("23 tables of 2^32-1", "all", vmdkHeader(2048, 128, 1, 20, 1<<32-1, 21, 26, 128)),
 		sparse("23 descriptor of 1 GiB", "all", vmdkHeader(2048, 128, 1, 2<<20, 512, 21, 26, 128)),
 		sparse("23 descriptor past 2^63", "all", vmdkHeader(2048, 128, 1<<60, 1<<60, 512, 21, 26, 128)),
+		// Cases of our own: the class of CVE-2014-0143, sizes and sums of them that
+		// overflow, and CVE-2014-0144, tables that are not where they must be.
 		sparse("directory past the end", "map convert dd compare", vmdkHeader(2048, 128, 1, 20, 512, 0, 1<<50, 128)),
 		sparse("directory is the header", "", vmdkHeader(2048, 128, 1, 20, 512, 0, 0, 128)),
 		sparse("no extents", "all", descriptor()),
@@ -344,6 +355,7 @@ func vmdkCases() []hostile {
 		sparse("negative extent", "all", descriptor(`RW -1 ZERO`)),
 		sparse("a hundred thousand extents", "", descriptor(strings.Repeat("RW 1 ZERO\n", 100_000))),
 		sparse("a line without end", "all", append(descriptor(), bytes.Repeat([]byte("x"), 1<<20)...)),
+		// The class of CVE-2022-47951: a descriptor of a kind that names something else.
 		sparse("create type", "all", bytes.Replace(descriptor(`RW 1 ZERO`), []byte("monolithicFlat"), []byte("vmfsRawDeviceMap"), 1)),
 	}
 }
@@ -415,7 +427,10 @@ func vhdCases() []hostile {
 		one("24 entries 0", "all", func(_, h []byte) { be.PutUint32(h[28:], 0) }),
 		one("24 block size 0", "all", func(_, h []byte) { be.PutUint32(h[32:], 0) }),
 		one("24 block size 3", "all", func(_, h []byte) { be.PutUint32(h[32:], 3) }),
+		// Block sizes and numbers of entries: CVE-2014-0144 in qemu's vpc, and CVE-2014-0142
+		// for what is divided by.
 		one("24 block size 2^31", "", func(_, h []byte) { be.PutUint32(h[32:], 1<<31) }),
+		// Cases of our own, of the same class.
 		one("size 2^64-1", "all", func(f, _ []byte) { be.PutUint64(f[48:], 1<<64-1) }),
 		one("type 99", "all", func(f, _ []byte) { be.PutUint32(f[60:], 99) }),
 		one("header past the end", "all", func(f, _ []byte) { be.PutUint64(f[16:], 1<<40) }),
@@ -448,7 +463,9 @@ func naming(name string) map[string][]byte {
 }
 
 // Cases 1 to 4 and 22: what an image names is not opened under --untrusted, an
-// extent file outside the image's directory never.
+// extent file outside the image's directory never. They, and the names of our own,
+// are drawn from CVE-2015-5163 (backing file), CVE-2024-32498 (data file),
+// CVE-2022-47951 (extent of a VMDK) and CVE-2024-4467 (a name that begins json:).
 func TestReferences(t *testing.T) {
 	outside := t.TempDir()
 	secret := write(t, outside, "secret", bytes.Repeat([]byte("secret  "), 1<<17))
@@ -595,7 +612,8 @@ func TestSpecialFiles(t *testing.T) {
 	}
 }
 
-// Cases 8 and 9: what an image is taken for.
+// Cases 8 and 9: what an image is taken for. That what was raw yesterday is a
+// qcow2 image today is CVE-2024-40767 and CVE-2026-24708.
 func TestTakenFor(t *testing.T) {
 	dir := t.TempDir()
 	q := newQcow().backing("/etc/passwd").bytes()

@@ -16,7 +16,7 @@ import (
 // A command that is killed at any moment leaves the old file or the new one
 // under the final name, never something between.
 func TestKilled(t *testing.T) {
-	tries := 12
+	tries := 8 // beside those of TestKilledAtCalls
 	rng := rand.New(rand.NewPCG(seed, 1))
 	for _, format := range []string{"raw", "qcow2", "vmdk", "vpc", "vhdx"} {
 		for _, verb := range []string{"create -q -f @ out 64M", "convert -f raw -O @ disk out", "dd -f raw -O @ bs=64k if=disk of=out"} {

@@ -6,15 +6,13 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"maps"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime/debug"
 	"runtime/metrics"
-	"slices"
 	"strconv"
-	"strings"
 	"testing"
 	"time"
 
@@ -99,14 +97,16 @@ func allocated() uint64 {
 	return s[0].Value.Uint64()
 }
 
-// mindful is a file whose reads must make sense.
+// mindful is a file whose reads must make sense: begin inside it, but for one that
+// finds out where it ends.
 type mindful struct {
 	sdk.File
-	bad string
+	size int64 // where reads must begin, at most
+	bad  string
 }
 
 func (f *mindful) ReadAt(p []byte, off int64) (int, error) {
-	if off < 0 || len(p) > memoryMost {
+	if off < 0 || off > f.size || off > math.MaxInt64-int64(len(p)) || len(p) > memoryMost {
 		f.bad = fmt.Sprintf("read of %d bytes at %d", len(p), off)
 	}
 	return f.File.ReadAt(p, off)
@@ -123,7 +123,11 @@ func exercise(format sdk.Format, content []byte) (wrong string) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	before := allocated()
-	file := &mindful{File: formattest.ReadOnly(formattest.MemFile(content))}
+	file := &mindful{File: formattest.ReadOnly(formattest.MemFile(content)), size: int64(len(content))}
+	if format.Describe().Manifest.Name == "qcow2" {
+		// Its tables may lie behind the end, and read as zeros there, as in qemu-img.
+		file.size = math.MaxInt64
+	}
 	for _, check := range []bool{false, true} {
 		img, err := format.Open(ctx, sdk.OpenRequest{Files: []sdk.NamedFile{{Role: sdk.RoleMain, File: file}}, Check: check, Name: "image"})
 		if err != nil {
@@ -199,11 +203,12 @@ func TestTruncations(t *testing.T) {
 	for _, s := range samples(t) {
 		t.Run(s.name, func(t *testing.T) {
 			format := s.new()
-			step := 512
-			if os.Getenv(allVariable) == "" && len(s.bytes) > 256<<10 {
-				step = 512 * 17
-			}
-			for n := 0; n < len(s.bytes); n += step {
+			for n := 0; n < len(s.bytes); n += 512 {
+				// Of long files some lengths will do, where there is no metadata.
+				behind := n > 128<<10 && len(s.bytes)-n > 64<<10 && (s.format != "vhdx" || n%mib > 16<<10)
+				if behind && n%(512*17) != 0 && os.Getenv(allVariable) == "" {
+					continue
+				}
 				if wrong := exercise(format, s.bytes[:n:n]); wrong != "" {
 					t.Fatalf("cut to %d bytes: %s", n, wrong)
 				}
@@ -242,21 +247,19 @@ func mutate(rng *rand.Rand, content []byte) ([]byte, string) {
 	return b[:n], fmt.Sprintf("cut to %d", n)
 }
 
-// The built programs survive damaged images, and agree with qemu-img on what is
-// an image, by and large: what they do not agree on is counted by class.
+// The built programs survive damaged images. TestVerdicts compares what they say.
 func TestMutants(t *testing.T) {
 	runs := 12
 	if n, err := strconv.Atoi(os.Getenv(runsVariable)); err == nil {
 		runs = n
 	}
-	classes := map[string]int{}
 	for _, s := range samples(t) {
 		t.Run(s.name, func(t *testing.T) {
 			rng := rand.New(rand.NewPCG(seed, uint64(len(s.name))))
 			dir, runtime := t.TempDir(), runtimeDir(t)
 			for range runs {
 				b, what := mutate(rng, s.bytes)
-				path := write(t, dir, "image", b)
+				write(t, dir, "image", b)
 				for _, words := range [][]string{
 					{"info", "-f", s.format, "image"}, {"check", "-f", s.format, "image"}, {"convert", "-f", s.format, "-O", "raw", "--timeout", "60s", "image", "out"},
 				} {
@@ -271,17 +274,6 @@ func TestMutants(t *testing.T) {
 						}
 					}
 					os.Remove(filepath.Join(dir, "out"))
-					if words[0] != "info" {
-						continue
-					}
-					_, theirs, code := formattest.TryOracle(t, "qemu-img", "info", "-f", s.format, path)
-					if (r.Code == 0) != (code == 0) {
-						reason := "qemu-img: " + strings.TrimPrefix(theirs, "qemu-img: Could not open '"+path+"': ")
-						if code == 0 {
-							reason = "instar: " + strings.TrimPrefix(r.Stderr, "instar: Could not open 'image': ")
-						}
-						classes[s.name+": refused by "+strings.TrimSpace(reason)]++
-					}
 				}
 				if t.Failed() {
 					t.Fatalf("the mutant was: %s", what)
@@ -289,8 +281,5 @@ func TestMutants(t *testing.T) {
 			}
 			noSocketDirs(t, runtime)
 		})
-	}
-	for _, class := range slices.Sorted(maps.Keys(classes)) {
-		t.Logf("%3d %s", classes[class], class)
 	}
 }

@@ -200,6 +200,8 @@ func vhdxCases() []hostile {
 	add("26 log past the end", "all", func(v *vhdxImage) { v.logGUID, v.logOffset = ondisk.GUID{7}, 1<<50 })
 	add("26 log of no length", "", func(v *vhdxImage) { v.logGUID, v.logLength = ondisk.GUID{7}, 0 })
 
+	// Cases of our own. Block and sector sizes, and entries of the table that nobody
+	// bounded, are CVE-2014-0148.
 	for _, n := range []uint32{0, 3, 1 << 19, 1 << 29, 1 << 31} {
 		add(fmt.Sprint("block size ", n), "all", func(v *vhdxImage) { v.blockSize = n })
 	}
