@@ -17,6 +17,17 @@ func OSFile(f File) (*os.File, bool) {
 	return o.File, ok
 }
 
+// OnDevice reports whether f is a block device: its size says nothing of what it
+// holds, and what was not written is not zero.
+func OnDevice(f File) bool {
+	o, ok := OSFile(f)
+	if !ok {
+		return false
+	}
+	fi, err := o.Stat()
+	return err == nil && !fi.Mode().IsRegular()
+}
+
 func (f osFile) Size() (int64, error) {
 	fi, err := f.Stat()
 	if err != nil {

@@ -408,8 +408,8 @@ type Plan interface {
 	Info() PlanInfo
 	// Emit writes the metadata of an empty image into files, one for each
 	// PlannedFile in order. They are empty but for what PlannedFile asked for;
-	// holes read as zeros on regular files. On a device nothing may be assumed
-	// of old content: the core zeroes what PlanInfo says must be zero.
+	// holes read as zeros on regular files. On a device (OnDevice) nothing may be
+	// assumed of old content.
 	Emit(ctx context.Context, files []NamedFile) error
 }
 

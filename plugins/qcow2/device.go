@@ -4,11 +4,4 @@ import "github.com/instar-img/instar/sdk"
 
 // onDevice reports whether the main file is a block device, which has a size of
 // its own.
-func (im *image) onDevice() bool {
-	f, ok := sdk.OSFile(im.main)
-	if !ok {
-		return false
-	}
-	fi, err := f.Stat()
-	return err == nil && !fi.Mode().IsRegular()
-}
+func (im *image) onDevice() bool { return sdk.OnDevice(im.main) }

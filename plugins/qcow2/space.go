@@ -145,6 +145,14 @@ func (s *space) trim() {
 	}
 }
 
+// discard gives the host the space of clusters that are free, in the tables on
+// disk too. Where it cannot they stay as they are.
+func (s *space) discard() {
+	for _, f := range s.freed {
+		sdk.Discard(s.im.main, f.start<<s.g.clusterBits, (f.end-f.start)<<s.g.clusterBits)
+	}
+}
+
 // alloc takes n clusters in a row from the end, with refcount 1.
 func (s *space) alloc(n int64) (int64, error) {
 	if n > 1<<55>>s.g.clusterBits || s.end > 1<<55>>s.g.clusterBits {

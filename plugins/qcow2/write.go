@@ -676,6 +676,9 @@ func (w *writer) finish() error {
 	if err := w.commit(); err != nil {
 		return err
 	}
+	if w.old {
+		w.s.discard()
+	}
 	// Whole clusters, as 7z wants them: those that were placed and hold nothing at
 	// their end are not in the file yet.
 	size, err := im.main.Size()

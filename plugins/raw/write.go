@@ -44,8 +44,8 @@ func (img *image) Place(_ context.Context, runs []sdk.Run) ([]sdk.Placement, err
 	return places, nil
 }
 
-// Zero implements sdk.Writer. Space that reads as zeros already is left as it
-// is, so that holes stay holes.
+// Zero implements sdk.Writer. It gives space back where it can; elsewhere what
+// reads as zeros already is left as it is, so that holes stay holes.
 func (img *image) Zero(ctx context.Context, runs []sdk.Run) error {
 	if err := img.checkRuns(runs); err != nil {
 		return err
@@ -53,6 +53,9 @@ func (img *image) Zero(ctx context.Context, runs []sdk.Run) error {
 	buf := make([]byte, 1<<20)
 	zeros := make([]byte, len(buf))
 	for _, r := range runs {
+		if sdk.Discard(img.file, r.Offset, r.Length) {
+			continue
+		}
 		for at, end := r.Offset, r.Offset+r.Length; at < end; {
 			if err := ctx.Err(); err != nil {
 				return err

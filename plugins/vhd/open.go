@@ -211,6 +211,11 @@ func (img *image) openBlocks(ctx context.Context, check bool) error {
 	if err != nil {
 		return err
 	}
+	if sdk.OnDevice(img.file) {
+		// The device goes on after the image.
+		tail := img.footerAt(img.dataEnd, footerSize)
+		img.tailFrom, img.tailOK = img.dataEnd, tail.err == nil && tail.footer == img.footer
+	}
 	if img.dataEnd > img.length && !check {
 		return &sdk.Error{
 			Text:  "block-vpc: free_data_block_offset points after the end of file. The image has been truncated.",

@@ -27,6 +27,7 @@ const pageEntries = 4096
 // to them before Finish has written the table.
 type writer struct {
 	mu       sync.Mutex
+	capacity int64 // of a device, whose end says nothing and which may hold anything; 0: a file
 	layout   layout
 	end      int64              // where the next block may begin
 	firstNew int64              // bitmap of the first new block, 0 for none
@@ -70,7 +71,10 @@ func (img *image) BeginWrite(_ context.Context, req sdk.WriteRequest) (sdk.Write
 
 		metadata: img.metadata(),
 	}
-	if img.tailFrom >= img.dataEnd && img.tailOK {
+	switch {
+	case sdk.OnDevice(img.file):
+		img.writer.end, img.writer.capacity = img.dataEnd, img.length
+	case img.tailFrom >= img.dataEnd && img.tailOK:
 		img.writer.end = img.tailFrom
 	}
 	empty := img.used == 0 && !img.differencing()
@@ -78,14 +82,14 @@ func (img *image) BeginWrite(_ context.Context, req sdk.WriteRequest) (sdk.Write
 }
 
 // Place implements sdk.Writer.
-func (img *image) Place(_ context.Context, runs []sdk.Run) ([]sdk.Placement, error) {
+func (img *image) Place(ctx context.Context, runs []sdk.Run) ([]sdk.Placement, error) {
 	var places []sdk.Placement
 	err := img.eachBlock(runs, func(block int64, r sdk.Run) error {
 		if img.footer.diskType == typeFixed {
 			places = append(places, sdk.Placement{Offset: r.Offset, Length: r.Length, HostOffset: r.Offset})
 			return nil
 		}
-		entry, fresh, err := img.allocate(block)
+		entry, fresh, err := img.allocate(ctx, block)
 		if err != nil {
 			return err
 		}
@@ -116,7 +120,7 @@ func (img *image) Zero(ctx context.Context, runs []sdk.Run) error {
 			if !img.differencing() {
 				return nil
 			}
-			if entry, fresh, err = img.allocate(block); err != nil {
+			if entry, fresh, err = img.allocate(ctx, block); err != nil {
 				return err
 			}
 		}
@@ -200,7 +204,7 @@ func (img *image) entry(block int64) (uint32, error) {
 }
 
 // allocate returns the table entry of a block, a new one where there is none.
-func (img *image) allocate(block int64) (entry uint32, fresh bool, err error) {
+func (img *image) allocate(ctx context.Context, block int64) (entry uint32, fresh bool, err error) {
 	w := img.writer
 	page, first, err := img.page(block)
 	if err != nil {
@@ -215,6 +219,14 @@ func (img *image) allocate(block int64) (entry uint32, fresh bool, err error) {
 	}
 	if !addressable(at) {
 		return 0, false, fmt.Errorf("block %d: no space below 2 TiB in the file: %w", block, sdk.ErrTooBig)
+	}
+	if end := at + img.bitmap + img.blockSize(); w.capacity > 0 {
+		if end+footerSize > w.capacity {
+			return 0, false, fmt.Errorf("block %d: no room at %#x on a device of %#x bytes: %w", block, at, w.capacity, sdk.ErrTooBig)
+		}
+		if err := img.zero(ctx, at, end-at); err != nil {
+			return 0, false, fmt.Errorf("block %d: %w", block, err)
+		}
 	}
 	// A dynamic disk's block is all its own; of a differencing disk's, the
 	// sectors that are written. An old footer may lie here.
@@ -434,9 +446,12 @@ func (img *image) flushBitmap() error {
 	return nil
 }
 
-// zero writes zeros, leaving alone what holds zeros already, so that holes stay
-// holes.
+// zero makes a host range read as zeros, and gives its space back where it can.
+// What holds zeros already is left alone, so that holes stay holes.
 func (img *image) zero(ctx context.Context, off, n int64) error {
+	if sdk.Discard(img.file, off, n) {
+		return nil
+	}
 	buf := make([]byte, min(n, 1<<20))
 	zeros := make([]byte, len(buf))
 	for n > 0 {
@@ -478,8 +493,10 @@ func (img *image) Finish(ctx context.Context) error {
 		return err
 	}
 	if w.firstNew != 0 {
-		if err := img.file.Truncate(w.end + footerSize); err != nil {
-			return fmt.Errorf("set file length: %w", err)
+		if w.capacity == 0 {
+			if err := img.file.Truncate(w.end + footerSize); err != nil {
+				return fmt.Errorf("set file length: %w", err)
+			}
 		}
 		if _, err := img.file.WriteAt(img.footer.append(nil), w.end); err != nil {
 			return fmt.Errorf("write footer: %w", err)
@@ -511,6 +528,9 @@ func (img *image) Finish(ctx context.Context) error {
 			return fmt.Errorf("clear the old footer: %w", err)
 		}
 	}
-	img.length, img.tailFrom, img.dataEnd = w.end+footerSize, w.end, w.end
+	if w.capacity == 0 {
+		img.length = w.end + footerSize
+	}
+	img.tailFrom, img.dataEnd = w.end, w.end
 	return nil
 }

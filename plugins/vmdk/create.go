@@ -376,15 +376,21 @@ func (p *plan) Emit(ctx context.Context, files []sdk.NamedFile) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := p.layout.emitSparse(files[i].File, n); err != nil {
+		if err := p.layout.emitSparse(ctx, files[i].File, n); err != nil {
 			return fmt.Errorf("extent %d: %w", i, err)
 		}
 	}
 	return nil
 }
 
-func (l *layoutPlan) emitSparse(f sdk.File, n int64) error {
+func (l *layoutPlan) emitSparse(ctx context.Context, f sdk.File, n int64) error {
 	s := l.sparse(n)
+	if sdk.OnDevice(f) {
+		// The tables are what is not written of the metadata.
+		if err := zeroFlat(ctx, f, s.redundant*sectorSize, (s.overhead-s.redundant)*sectorSize); err != nil {
+			return err
+		}
+	}
 	for _, at := range []int64{s.redundant, s.primary} {
 		if err := writeDirectory(f, at, at+s.directory, s.tableSectors, s.entries); err != nil {
 			return err

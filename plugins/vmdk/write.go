@@ -290,8 +290,12 @@ func (img *image) Zero(ctx context.Context, runs []sdk.Run) error {
 	return nil
 }
 
-// zeroFlat zeroes what of a range is not zero, so that holes stay holes.
+// zeroFlat makes a range read as zeros, and gives its space back where it can.
+// What is zero already is left alone, so that holes stay holes.
 func zeroFlat(ctx context.Context, f sdk.File, at, n int64) error {
+	if sdk.Discard(f, at, n) {
+		return nil
+	}
 	buf := make([]byte, min(n, 1<<20))
 	zeros := make([]byte, len(buf))
 	for n > 0 {
@@ -554,6 +558,9 @@ func (x *extentWriter) zero(off int64, backing bool) error {
 	}
 	if absent && host >= x.exists {
 		return nil // behind what was the end of the file
+	}
+	if sdk.Discard(x.e.file, host, s.grain) {
+		return nil
 	}
 	_, err = x.e.file.WriteAt(make([]byte, s.grain), host)
 	return err
