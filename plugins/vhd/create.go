@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"math"
 	"strconv"
 	"time"
 
@@ -43,6 +44,9 @@ func (format) PlanCreate(_ context.Context, req sdk.CreateRequest) (sdk.Plan, er
 	}
 	if err := p.planSize(req, o.BoolOr(keyForceSize, false)); err != nil {
 		return nil, err
+	}
+	if req.Time-epoch2000 > math.MaxUint32 {
+		return nil, &sdk.Error{Text: fmt.Sprintf("time %d: a VHD's time stamp ends at %d", req.Time, epoch2000+math.MaxUint32), Class: sdk.ErrInvalid}
 	}
 	p.planIdentity(req)
 
@@ -132,8 +136,10 @@ func (p *plan) planSize(req sdk.CreateRequest, force bool) error {
 	}
 	if req.Backing != nil && sectors*sectorSize != req.Backing.VirtualSize {
 		if wanted*sectorSize != req.Backing.VirtualSize {
-			return fmt.Errorf("size %d: a differencing disk is as large as its parent, %d bytes: %w",
-				req.Size, req.Backing.VirtualSize, sdk.ErrInvalid)
+			return &sdk.Error{
+				Text:  fmt.Sprintf("size %d: a differencing disk is as large as its parent, %d bytes", req.Size, req.Backing.VirtualSize),
+				Class: sdk.ErrInvalid,
+			}
 		}
 		// The parent's size is no geometry's, so the child's is stored as it is.
 		g, sectors, p.footer.creator = largestGeometry, wanted, creatorQEM2
@@ -159,7 +165,7 @@ func (p *plan) planIdentity(req sdk.CreateRequest) {
 	p.footer.creatorOS = [4]byte{'W', 'i', '2', 'k'}
 	p.footer.timestamp = uint32(min(max(now-epoch2000, 0), 1<<32-1))
 	if req.Reproducible {
-		seed := fmt.Sprintf("%s %d %d %q", p.footer.diskType, p.size, req.Time, req.Name)
+		seed := fmt.Sprintf("%s %d %d", p.footer.diskType, p.size, req.Time)
 		p.footer.uniqueID = uuid.NewSHA1(uuid.NameSpaceOID, []byte("instar vpc "+seed))
 	} else {
 		p.footer.uniqueID = uuid.New()
@@ -199,8 +205,10 @@ func (p *plan) planParent(req sdk.CreateRequest) error {
 			req.BackingName, sdk.ErrInvalid)
 	}
 	if req.Backing.Format != name {
-		return fmt.Errorf("backing file of format %s: the parent of a differencing disk must be a VHD (vpc): %w",
-			req.Backing.Format, sdk.ErrInvalid)
+		return &sdk.Error{
+			Text:  fmt.Sprintf("backing file of format %s: the parent of a differencing disk must be a VHD (vpc)", req.Backing.Format),
+			Class: sdk.ErrInvalid,
+		}
 	}
 	id, err := uuid.Parse(req.Backing.Identity[identityID])
 	if err != nil {

@@ -52,7 +52,7 @@ func (format) PlanCreate(_ context.Context, req sdk.CreateRequest) (sdk.Plan, er
 		return nil, err
 	}
 	if req.Compressed {
-		return nil, fmt.Errorf("compression not supported for this file format: %w", sdk.ErrUnsupported)
+		return nil, &sdk.Error{Text: "Compression not supported for this file format", Class: sdk.ErrUnsupported}
 	}
 	p.logSize = logSize
 	p.params = parameters{blockSize: blockSize, virtualSize: uint64(size), logicalSector: 512, physicalSector: 512}

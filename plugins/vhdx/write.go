@@ -58,7 +58,7 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 	case !img.req.ReadWrite:
 		return sdk.WriteInfo{}, fmt.Errorf("write: the file was opened for reading: %w", sdk.ErrReadOnly)
 	case req.Compressed:
-		return sdk.WriteInfo{}, fmt.Errorf("write: VHDX holds no compressed blocks: %w", sdk.ErrUnsupported)
+		return sdk.WriteInfo{}, &sdk.Error{Text: "Compression not supported for this file format", Class: sdk.ErrUnsupported}
 	case img.bat.start%sectorSize != 0 || img.bat.end%sectorSize != 0:
 		return sdk.WriteInfo{}, fmt.Errorf("write: bat from %#x to %#x, want multiples of 4096: %w", img.bat.start, img.bat.end, sdk.ErrReadOnly)
 	}

@@ -45,6 +45,9 @@ func invalid(text string, args ...any) error {
 	return &sdk.Error{Text: fmt.Sprintf(text, args...), Class: sdk.ErrInvalid}
 }
 
+// noCompression is what flat extents say to convert -c.
+const noCompression = "Compression not supported for this file format"
+
 // PlanCreate implements sdk.Creator.
 func (format) PlanCreate(_ context.Context, req sdk.CreateRequest) (sdk.Plan, error) {
 	o := req.Options
@@ -71,6 +74,8 @@ func (format) PlanCreate(_ context.Context, req sdk.CreateRequest) (sdk.Plan, er
 		version = "4"
 	}
 	switch {
+	case l.flat && req.Compressed:
+		return nil, unsupported(noCompression)
 	case l.flat && req.BackingName != "":
 		return nil, unsupported("Flat image can't have backing file")
 	case l.flat && l.zeroedGrain:

@@ -74,6 +74,8 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 		switch {
 		case e.file == nil || e.line.access == accessReadOnly:
 			return sdk.WriteInfo{}, fmt.Errorf("write: extent %d (%s) cannot be written: %w", i, e.line.name, sdk.ErrReadOnly)
+		case e.sparse == nil && req.Compressed:
+			return sdk.WriteInfo{}, unsupported(noCompression)
 		case e.sparse == nil:
 			w.fresh = false
 			continue
