@@ -35,6 +35,7 @@ type app struct {
 	verbose bool
 	policy  policyFlags
 	limits  launch.Limits // of each plugin
+	meter   meter         // of a verb that shows how far it is; nil elsewhere
 
 	currentMu sync.Mutex // images of one command are opened side by side
 	current   *session.Session
@@ -172,7 +173,7 @@ func (a *app) openSource(ctx context.Context, f *sourceFlags, name string, opts 
 	opener.Shared = f.shared
 	source.Apply(&opts)
 	if remote.IsURL(source.Path) {
-		file, err := remote.Fetch(ctx, source.Path, nil)
+		file, err := a.fetch(ctx, source.Path)
 		if err != nil {
 			return nil, err
 		}

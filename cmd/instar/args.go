@@ -255,14 +255,7 @@ func traceFlag(flags *pflag.FlagSet) {
 func objectsFlag(flags *pflag.FlagSet) func() error {
 	var objects []string
 	flags.StringArrayVar(&objects, "object", nil, "accepted for qemu-img's sake: objects serve encryption, which is deferred")
-	return func() error {
-		for _, o := range objects {
-			if err := checkObject(o); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
+	return func() error { return checkObjects(objects) }
 }
 
 // checkSourceCache checks -T.

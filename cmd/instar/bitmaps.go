@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/instar-img/instar/internal/host/image"
 	"github.com/instar-img/instar/sdk"
@@ -22,6 +23,9 @@ func selectBitmaps(sources []*image.Chain, skipBroken bool, warn func(string)) (
 		return nil, errors.New("Copying bitmaps only possible with single source")
 	}
 	layer := sources[0].Top()
+	if !layer.Info.HasBitmaps {
+		return nil, errors.New("Source lacks bitmap support")
+	}
 	c := &bitmapCopy{}
 	for _, b := range layer.Info.Bitmaps {
 		if !b.Inconsistent {
@@ -43,15 +47,25 @@ func selectBitmaps(sources []*image.Chain, skipBroken bool, warn func(string)) (
 	return c, nil
 }
 
-// writeTo gives a target the bitmaps.
-func (c *bitmapCopy) writeTo(ctx context.Context, t *image.Target) error {
+// check refuses a target that cannot be given the bitmaps.
+func (c *bitmapCopy) check(t *image.Target) error {
 	if !t.Info.HasBitmaps {
 		return fmt.Errorf("Format driver '%s' does not support bitmaps", t.Format())
 	}
-	to, ok := sdk.As[sdk.BitmapWriter](t.Image)
-	if !ok && len(c.bitmaps) > 0 {
+	if _, ok := sdk.As[sdk.BitmapWriter](t.Image); !ok && len(c.bitmaps) > 0 {
 		return fmt.Errorf("Format driver '%s' does not support bitmaps", t.Format())
 	}
+	for _, b := range c.bitmaps {
+		if slices.ContainsFunc(t.Info.Bitmaps, func(old sdk.BitmapInfo) bool { return old.Name == b.Name }) {
+			return fmt.Errorf("Failed to create bitmap %s: Bitmap already exists: %[1]s", b.Name)
+		}
+	}
+	return nil
+}
+
+// writeTo gives a target that check has passed the bitmaps.
+func (c *bitmapCopy) writeTo(ctx context.Context, t *image.Target) error {
+	to, _ := sdk.As[sdk.BitmapWriter](t.Image)
 	for _, b := range c.bitmaps {
 		// The first call makes the bitmap, be it empty.
 		if err := to.WriteBitmap(ctx, b, nil); err != nil {

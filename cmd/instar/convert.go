@@ -5,11 +5,12 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 	"slices"
 	"strconv"
-	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -40,7 +41,8 @@ type convertFlags struct {
 	sparse        string
 	cache         string
 	sourceCache   string
-	workers       int
+	sparseSet     bool
+	workers       string
 	workersSet    bool
 	outOfOrder    bool
 	offload       bool
@@ -57,6 +59,9 @@ type convertFlags struct {
 	size          string
 
 	copied *bitmapCopy // where bitmaps
+	sum    *digest     // where digest
+	dd     bool        // the verb is dd
+	joined bool        // several sources
 }
 
 func (a *app) convertCommand() *cobra.Command {
@@ -70,7 +75,7 @@ FILENAME may be a path, an http(s) URL whose server serves ranges, or - for
 standard input (with --source-size where it is a pipe). OUTPUT may be - for raw
 data on standard output. The output appears under its name when it is complete.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			f.workersSet = cmd.Flags().Changed("coroutines")
+			f.workersSet, f.sparseSet = cmd.Flags().Changed("coroutines"), cmd.Flags().Changed("sparse-size")
 			return a.convert(cmd.Context(), &f, args)
 		},
 	}
@@ -90,13 +95,13 @@ data on standard output. The output appears under its name when it is complete.`
 	flags.StringVarP(&f.sparse, "sparse-size", "S", "4k", "runs of zeros of this size are not stored; 0: all is stored")
 	flags.StringVarP(&f.cache, "cache", "t", "unsafe", "cache mode of the output: none, directsync, writeback, writethrough, unsafe")
 	flags.StringVarP(&f.sourceCache, "source-cache", "T", "writeback", "cache mode of the sources")
-	flags.IntVarP(&f.workers, "coroutines", "m", 8, "parts copied side by side, 1 to 16")
+	flags.StringVarP(&f.workers, "coroutines", "m", "8", "parts copied side by side, 1 to 16")
 	flags.BoolVarP(&f.outOfOrder, "out-of-order", "W", false, "parts may be written in any order")
 	flags.BoolVarP(&f.offload, "offload", "C", false, "have the file system copy, whatever the data is")
 	flags.StringVarP(&f.rate, "rate-limit", "r", "", "bytes a second to write at most")
 	flags.BoolVar(&f.salvage, "salvage", false, "go on after read errors, with zeros")
 	flags.BoolVar(&f.targetIsZero, "target-is-zero", false, "with -n: the output reads as zeros already")
-	flags.BoolVar(&f.targetOpts, "target-image-opts", false, "OUTPUT is driver=FMT,file.filename=PATH,... (with -n)")
+	flags.BoolVar(&f.targetOpts, "target-image-opts", false, "OUTPUT is driver=FMT,file.filename=PATH,... (with -n); without driver it is probed")
 	flags.BoolVar(&f.bitmaps, "bitmaps", false, "copy persistent bitmaps")
 	flags.BoolVar(&f.skipBroken, "skip-broken-bitmaps", false, "with --bitmaps: leave out bitmaps that are inconsistent")
 	flags.StringArrayVar(&f.objects, "object", nil, "accepted for qemu-img's sake: objects serve encryption, which is deferred")
@@ -120,54 +125,127 @@ func (f *convertFlags) check(args []string) (copier.Options, error) {
 	if len(args) < 2 {
 		return o, errors.New("Must specify image file name")
 	}
-	for _, obj := range f.objects {
-		if err := checkObject(obj); err != nil {
-			return o, err
-		}
+	if err := checkObjects(f.objects); err != nil {
+		return o, err
 	}
-	for _, mode := range []string{f.cache, f.sourceCache} {
-		if !slices.Contains(cacheModes, mode) {
-			return o, fmt.Errorf("Invalid cache option: %s", mode)
-		}
+	if !slices.Contains(cacheModes, f.cache) {
+		return o, fmt.Errorf("Invalid cache option: %s", f.cache)
+	}
+	if err := checkSourceCache(f.sourceCache); err != nil {
+		return o, err
 	}
 	sparse, err := option.ParseSize(f.sparse)
-	if err != nil || sparse%512 != 0 || sparse > 16<<20 {
+	switch {
+	case err != nil:
+		return o, invalidSize("buffer size for sparse output")
+	case sparse%512 != 0 || sparse > 16<<20:
 		return o, errors.New("Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to 16777216. Select 0 to disable sparse detection (fully allocates output).")
 	}
+	workers, err := strconv.Atoi(f.workers)
 	switch {
-	case f.workers < 1 || f.workers > 16:
+	case err != nil || workers < 1 || workers > 16:
 		return o, errors.New("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16")
+	case f.target.given && f.targetOpts:
+		return o, errExclusive
 	case f.targetIsZero && !f.inPlace:
 		return o, errors.New("--target-is-zero requires use of -n flag")
 	case f.targetOpts && !f.inPlace:
 		return o, errors.New("--target-image-opts requires use of -n flag")
 	case f.skipBroken && !f.bitmaps:
 		return o, errors.New("Use of --skip-broken-bitmaps requires --bitmaps")
+	case f.offload && f.sparseSet:
+		return o, errors.New("Cannot enable copy offloading when -S is used")
 	case f.offload && f.compress:
 		return o, errors.New("Cannot enable copy offloading when -c is used")
 	case f.backing != "" && f.inPlace:
 		return o, errors.New("Cannot use -B with -n")
 	case f.backing != "" && f.backingFormat == "":
-		return o, errors.New("Use of backing file requires explicit backing format")
+		return o, errBackingFormat
 	case f.backing != "" && len(args) > 2:
-		return o, errors.New("Having a backing file for the target makes no sense when concatenating multiple input images")
+		return o, errBackingJoined
 	case f.snapshot != "" && len(args) > 2:
 		return o, errors.New("No support for concatenating multiple snapshot")
 	case f.digest != "" && f.digest != "sha256":
 		return o, usagef("--digest %s: sha256 is accepted", f.digest)
 	}
+	if err := checkSnapshot(f.snapshot); err != nil {
+		return o, err
+	}
 	if f.rate != "" {
 		rate, err := option.ParseSize(f.rate)
 		if err != nil {
-			return o, errors.New("Invalid rate limit specified. You may use k, M, G, T, P or E suffixes for\nkilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.")
+			return o, invalidSize("rate limit")
 		}
 		o.Rate = int64(rate)
 	}
 	o.Compressed, o.Sparse, o.Reproducible, o.TargetIsZero, o.Offload = f.compress, int64(sparse), f.reproducible, f.targetIsZero, f.offload
 	if f.workersSet {
-		o.Workers = f.workers
+		o.Workers = workers
 	}
 	return o, nil
+}
+
+// qemu-img's words for backing files that cannot be.
+var (
+	errBackingFormat = errors.New("Use of backing file requires explicit backing format")
+	errBackingJoined = errors.New("Having a backing file for the target makes no sense when concatenating multiple input images")
+)
+
+// invalidSize is qemu-img's message for a value that is no size.
+func invalidSize(what string) error {
+	return reports{
+		fmt.Errorf("Invalid %s specified. You may use k, M, G, T, P or E suffixes for", what),
+		errors.New("kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."),
+	}
+}
+
+// checkSnapshot checks the form of -l: ID or NAME, or
+// snapshot.id=ID,snapshot.name=NAME.
+func checkSnapshot(s string) error {
+	if _, err := image.FindSnapshot(nil, s); !errors.Is(err, sdk.ErrNotFound) {
+		return reports{err, fmt.Errorf("Failed in parsing snapshot param '%s'", s)}
+	}
+	return nil
+}
+
+// checkPlatform checks --for against what else was asked for, and returns the
+// platform.
+func (f *convertFlags) checkPlatform() (*platform.Platform, error) {
+	to, err := platform.ByName(f.platform)
+	switch {
+	case err != nil:
+		return nil, err
+	case f.target.given:
+		return nil, usagef("--for chooses the format: -O has no place beside it")
+	case f.inPlace:
+		return nil, usagef("--for makes a new image: -n has no place beside it")
+	case to.Wrap != "" && (f.compress || f.backing != "" || f.bitmaps || f.hasOptions()):
+		return nil, usagef("--for %s packs raw data: -c, -B, -o and --bitmaps have no place beside it", to.Name)
+	}
+	f.target = formatFlag{name: to.Format, given: true}
+	return to, nil
+}
+
+// hasOptions reports whether format options were given.
+func (f *convertFlags) hasOptions() bool { return len(f.options) > 0 || len(f.keys.settings) > 0 }
+
+// sizeName is what the user calls the size of standard input.
+func (f *convertFlags) sizeName() string {
+	if f.dd {
+		return "isize"
+	}
+	return "--source-size"
+}
+
+// failed says that an output could not be made, as qemu-img's verbs do.
+func (f *convertFlags) failed(output, format string, err error) error {
+	switch {
+	case f.compress && errors.Is(err, sdk.ErrUnsupported):
+		return err // of all formats that do not compress
+	case f.dd:
+		return fmt.Errorf("%s: error while creating output image: %w", output, err)
+	}
+	return fmt.Errorf("%s: error while converting %s: %w", output, format, err)
 }
 
 // sync reports whether the output must be on stable storage in the end: in all
@@ -179,12 +257,15 @@ const standardStream = "-"
 
 // convert is the verb.
 func (a *app) convert(ctx context.Context, f *convertFlags, args []string) error {
+	if f.inPlace && f.hasOptions() {
+		return errors.New("-o has no effect when skipping image creation")
+	}
 	fromO, help, err := splitOptions(f.options)
 	if err != nil {
 		return err
 	}
 	if help {
-		return a.targetHelp(ctx, f.target)
+		return a.targetHelp(ctx, f.target, len(args) > 0)
 	}
 	opts, err := f.check(args)
 	if err != nil {
@@ -192,15 +273,29 @@ func (a *app) convert(ctx context.Context, f *convertFlags, args []string) error
 	}
 	var to *platform.Platform
 	if f.platform != "" {
-		if to, err = platform.ByName(f.platform); err != nil {
+		if to, err = f.checkPlatform(); err != nil {
 			return err
 		}
-		if f.target.given {
-			return usagef("--for chooses the format: -O has no place beside it")
-		}
-		f.target = formatFlag{name: to.Format, given: true}
 	}
-	chains, err := a.openSources(ctx, f, args[:len(args)-1])
+	output := args[len(args)-1]
+	var out io.Writer = a.out
+	if output == standardStream {
+		out = a.err
+	}
+	if a.meter, err = a.newMeter(ctx, out, f.progress, f.quiet, f.progressForm); err != nil {
+		return err
+	}
+	err = a.convertImages(ctx, f, to, args[:len(args)-1], output, fromO, opts)
+	a.meter.Close(err == nil)
+	if err != nil {
+		return err
+	}
+	return f.sum.print(out)
+}
+
+// convertImages opens the sources and makes the output.
+func (a *app) convertImages(ctx context.Context, f *convertFlags, to *platform.Platform, names []string, output string, fromO []option.Setting, opts copier.Options) error {
+	chains, err := a.openSources(ctx, f, names)
 	if err != nil {
 		return err
 	}
@@ -213,46 +308,37 @@ func (a *app) convert(ctx context.Context, f *convertFlags, args []string) error
 	if err := a.policy.checkOutput(source.Size); err != nil {
 		return err
 	}
+	f.joined = len(sources) > 1
 	if f.bitmaps {
 		if f.copied, err = selectBitmaps(chains, f.skipBroken, a.warn); err != nil {
 			return err
 		}
 	}
-	output := args[len(args)-1]
-	var out io.Writer = a.out
-	if output == standardStream {
-		out = a.err
-	}
-	meter, err := a.newMeter(ctx, out, f.progress && !f.quiet, f.progressForm, "convert "+output)
-	if err != nil {
-		return err
-	}
-	opts.Progress = meter.Set
+	opts.Progress = a.begin("convert " + output)
 	if f.salvage {
 		opts.Salvage = func(off, length int64, err error) {
-			a.warn(fmt.Sprintf("error while reading %d bytes at byte %d: %v; zeros are stored", length, off, errno.Text(err)))
+			if !f.quiet {
+				a.warn(fmt.Sprintf("error while reading %d bytes at byte %d: %v; zeros are stored", length, off, errno.Text(err)))
+			}
 		}
 	}
-	digest := a.startDigest(ctx, f.digest, source)
+	f.sum = newDigest(f.digest, source)
+	ctx, stop := context.WithCancel(ctx)
+	defer stop() // the digest's reading too
 	switch {
-	case output == standardStream:
-		err = a.convertToStream(ctx, f, source, a.out, opts)
 	case to != nil && to.Wrap != "":
-		err = a.convertWrapped(ctx, to, source, output, opts)
+		return a.convertWrapped(ctx, f, to, source, output, opts)
+	case output == standardStream:
+		return a.convertToStream(ctx, f, source, a.out, opts)
 	case f.inPlace:
-		err = a.convertInPlace(ctx, f, source, output, opts)
-	default:
-		err = a.convertToFile(ctx, f, to, source, output, fromO, opts)
+		return a.convertInPlace(ctx, f, source, output, opts)
 	}
-	meter.Close()
-	if err != nil {
-		return err
-	}
-	return digest(out)
+	return a.convertToFile(ctx, f, to, source, output, fromO, opts)
 }
 
-// targetHelp lists the options of a target format.
-func (a *app) targetHelp(ctx context.Context, name formatFlag) error {
+// targetHelp lists the options of a target format. Where a file was named the
+// title does not name the format, as with qemu-img.
+func (a *app) targetHelp(ctx context.Context, name formatFlag, file bool) error {
 	s, err := a.session()
 	if err != nil {
 		return err
@@ -265,7 +351,11 @@ func (a *app) targetHelp(ctx context.Context, name formatFlag) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprint(a.out, option.Help(fmt.Sprintf("Supported %s options:", p.Manifest.Name), format.Describe().Create))
+	title := fmt.Sprintf("Supported %s options:", p.Manifest.Name)
+	if file {
+		title = "Supported options:"
+	}
+	fmt.Fprint(a.out, option.Help(title, format.Describe().Create))
 	return nil
 }
 
@@ -287,7 +377,7 @@ func (a *app) openSources(ctx context.Context, f *convertFlags, names []string) 
 
 // openConvertSource opens one source: a path, a URL or standard input.
 func (a *app) openConvertSource(ctx context.Context, f *convertFlags, name string) (*image.Chain, error) {
-	opts := image.Options{Backing: true, Snapshot: snapshotName(f.snapshot)}
+	opts := image.Options{Backing: true, Snapshot: f.snapshot}
 	if name != standardStream || f.source.imageOpts {
 		return a.openSource(ctx, &f.source, name, opts)
 	}
@@ -296,13 +386,13 @@ func (a *app) openConvertSource(ctx context.Context, f *convertFlags, name strin
 		return nil, err
 	} else if !fi.Mode().IsRegular() {
 		if f.size == "" {
-			return nil, errors.New("standard input is not a file: --source-size must say how many bytes it will bring")
+			return nil, fmt.Errorf("standard input is not a file: %s must say how many bytes it will bring", f.sizeName())
 		}
 		size, err := parseOffset("source size", f.size)
 		if err != nil {
 			return nil, err
 		}
-		if file, err = remote.Spool(ctx, os.Stdin, "standard input", size); err != nil {
+		if file, err = remote.Spool(ctx, os.Stdin, "standard input", size, a.begin("read standard input")); err != nil {
 			return nil, err
 		}
 	}
@@ -339,6 +429,9 @@ func (a *app) convertToFile(ctx context.Context, f *convertFlags, to *platform.P
 	if err != nil {
 		return err
 	}
+	if output == "" {
+		return f.failed(output, plugin.Manifest.Name, &errno.Error{Text: "Could not create ''", Err: syscall.ENOENT})
+	}
 	schema := format.Describe().Create
 	settings := append([]option.Setting(nil), f.keys.settings...)
 	if to != nil {
@@ -364,7 +457,15 @@ func (a *app) convertToFile(ctx context.Context, f *convertFlags, to *platform.P
 	}
 	req := &image.CreateRequest{Path: output, Plugin: plugin, Size: source.Size, Sync: f.sync(), Log: func(line string) { a.logf("%s", line) }}
 	if req.Values, err = schema.Validate(plugin.Manifest.Name, append(settings, fromO...)); err != nil {
-		return fmt.Errorf("%s: %w", output, err)
+		return f.failed(output, plugin.Manifest.Name, err)
+	}
+	if req.Values.StringOr(keyBackingFile, "") != "" { // by -B or by -o
+		switch {
+		case req.Values.StringOr(keyBackingFormat, "") == "":
+			return errBackingFormat
+		case f.joined:
+			return errBackingJoined
+		}
 	}
 	if f.compress {
 		if pre := req.Values.StringOr("preallocation", "off"); pre != "off" {
@@ -377,13 +478,17 @@ func (a *app) convertToFile(ctx context.Context, f *convertFlags, to *platform.P
 		return err
 	}
 	closeBase, err := openBase(ctx, opener, req, &opts)
-	if err != nil {
-		return fmt.Errorf("%s: %w", output, err)
+	var host *errno.Error
+	switch {
+	case errors.As(err, &host):
+		return fmt.Errorf("Could not open '%s': Could not open backing file: %w", output, host)
+	case err != nil:
+		return fmt.Errorf("Could not open '%s': Could not open backing file: %w", output, err)
 	}
 	defer closeBase()
 	t, err := opener.CreateTarget(ctx, req, target)
 	if err != nil {
-		return fmt.Errorf("%s: error while converting %s: %w", output, plugin.Manifest.Name, err)
+		return f.failed(output, plugin.Manifest.Name, err)
 	}
 	return a.copyInto(ctx, f, source, t, opts)
 }
@@ -397,7 +502,7 @@ func openBase(ctx context.Context, opener *image.Opener, req *image.CreateReques
 	}
 	chain, err := opener.OpenBackingChain(ctx, req.Path, req.BackingName, req.Values.StringOr(keyBackingFormat, ""))
 	if err != nil {
-		return nil, fmt.Errorf("%w\nCould not open backing image.", err)
+		return nil, err
 	}
 	top := chain.Top()
 	req.Backing = &sdk.BackingInfo{
@@ -422,13 +527,12 @@ func (a *app) convertInPlace(ctx context.Context, f *convertFlags, source *copie
 	if f.targetOpts {
 		named, err := image.ParseImageOptions(output)
 		if err != nil {
-			return err
+			return fmt.Errorf("Could not open '%s': %w", output, err)
 		}
 		open.Name = output
 		named.Apply(&open)
 		output = named.Path
-	}
-	if open.Format == "" && !open.Protocol {
+	} else if open.Format == "" {
 		p, err := a.formatOrFallback(opener.Session, formatFlag{}, "")
 		if err != nil {
 			return err
@@ -450,11 +554,18 @@ func (a *app) convertInPlace(ctx context.Context, f *convertFlags, source *copie
 // copyInto copies and commits.
 func (a *app) copyInto(ctx context.Context, f *convertFlags, source *copier.Source, t *image.Target, opts copier.Options) error {
 	defer t.Close()
+	s, err := a.session()
+	if err != nil {
+		return err
+	}
 	files := make([]*os.File, len(t.Files))
 	for i := range t.Files {
 		files[i] = t.Files[i].File
 	}
 	if f.bitmaps {
+		if err := f.copied.check(t); err != nil {
+			return err
+		}
 		opts.BeforeFinish = func(ctx context.Context) error { return f.copied.writeTo(ctx, t) }
 	}
 	dst := &copier.Target{Writer: t.Writer, Files: files, Size: t.Info.VirtualSize, Fresh: t.Fresh}
@@ -463,11 +574,17 @@ func (a *app) copyInto(ctx context.Context, f *convertFlags, source *copier.Sour
 	} else {
 		dst.Size = min(dst.Size, t.Created.VirtualSize) // a device is longer
 	}
-	stats, err := copier.Copy(ctx, source, dst, opts)
+	watched, stop := s.Watch(ctx)
+	defer stop()
+	f.sum.start(watched, opts)
+	stats, err := copier.Copy(watched, source, dst, opts)
 	if err != nil {
 		return err
 	}
 	a.logf("%d bytes copied, %d shared with the source, %d encoded", stats.Written, stats.Cloned, stats.Encoded)
+	if err := f.sum.wait(); err != nil {
+		return err
+	}
 	return t.Commit(ctx)
 }
 
@@ -481,14 +598,16 @@ func (a *app) convertToStream(ctx context.Context, f *convertFlags, source *copi
 	if err != nil {
 		return err
 	}
-	if plugin != opener.Session.Plugins.Fallback() || f.compress || f.inPlace || f.backing != "" {
+	if plugin != opener.Session.Plugins.Fallback() || f.compress || f.inPlace || f.backing != "" || f.bitmaps || f.hasOptions() {
 		return fmt.Errorf("only plain %s data can be written to standard output", opener.Session.Plugins.Fallback().Manifest.Name)
 	}
-	return copier.Stream(ctx, source, w, opts)
+	ctx, stop := opener.Session.Watch(ctx)
+	defer stop()
+	return copier.Stream(ctx, source, f.sum.tee(w), opts)
 }
 
 // convertWrapped writes raw data into the archive that a platform asks for.
-func (a *app) convertWrapped(ctx context.Context, to *platform.Platform, source *copier.Source, output string, opts copier.Options) error {
+func (a *app) convertWrapped(ctx context.Context, f *convertFlags, to *platform.Platform, source *copier.Source, output string, opts copier.Options) error {
 	size, err := to.RoundSize(source.Size)
 	if err != nil {
 		return err
@@ -498,50 +617,95 @@ func (a *app) convertWrapped(ctx context.Context, to *platform.Platform, source 
 	if err != nil {
 		return err
 	}
+	s, err := a.session()
+	if err != nil {
+		return err
+	}
+	watched, stop := s.Watch(ctx)
+	defer stop()
+	content := func(w io.Writer) error { return copier.Stream(watched, source, f.sum.tee(w), opts) }
+	if output == standardStream {
+		return to.Archive(a.out, size, date, content)
+	}
 	set, err := outfile.Begin(output, outfile.Options{Log: func(line string) { a.logf("%s", line) }})
 	if err != nil {
 		return err
 	}
 	defer set.Abort()
-	err = to.Archive(set.Main(), size, date, func(w io.Writer) error { return copier.Stream(ctx, source, w, opts) })
-	if err != nil {
+	if err := to.Archive(set.Main(), size, date, content); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	return set.Commit()
 }
 
-// startDigest begins to compute a digest of the source's content; what it
-// returns waits for it and prints it.
-func (a *app) startDigest(ctx context.Context, name string, source *copier.Source) func(io.Writer) error {
-	if name == "" {
-		return func(io.Writer) error { return nil }
-	}
-	h := sha256.New()
-	done := make(chan error, 1)
-	go func() { done <- copier.Stream(ctx, source, h, copier.Options{}) }()
-	return func(w io.Writer) error {
-		if err := <-done; err != nil {
-			return fmt.Errorf("digest: %w", err)
-		}
-		_, err := fmt.Fprintf(w, "%s: %x\n", name, h.Sum(nil))
-		return err
-	}
+// digest is that of the source's content. Methods of a nil digest do nothing.
+type digest struct {
+	name string
+	hash hash.Hash
+	src  *copier.Source
+	left int64      // bytes of the content that the tee has not seen
+	done chan error // of reading the source for it alone; nil where not begun
 }
 
-// snapshotName returns what -l names: the text itself, or the id or name in
-// snapshot.id=ID,snapshot.name=NAME.
-func snapshotName(s string) string {
-	if !strings.HasPrefix(s, "snapshot.") {
-		return s
+// newDigest returns the digest of that name, nil where name is empty.
+func newDigest(name string, src *copier.Source) *digest {
+	if name == "" {
+		return nil
 	}
-	for _, item := range strings.Split(s, ",") {
-		for _, key := range []string{"snapshot.id=", "snapshot.name="} {
-			if v, ok := strings.CutPrefix(item, key); ok && v != "" {
-				return v
-			}
-		}
+	return &digest{name: name, hash: sha256.New(), src: src, left: src.Size}
+}
+
+// tee returns a writer to w of the whole content in order, which is hashed on
+// its way. What follows the content is not.
+func (d *digest) tee(w io.Writer) io.Writer {
+	if d == nil {
+		return w
 	}
-	return s
+	return io.MultiWriter(w, d)
+}
+
+// Write takes the next part of the content.
+func (d *digest) Write(p []byte) (int, error) {
+	n := min(int64(len(p)), d.left)
+	d.left -= n
+	d.hash.Write(p[:n])
+	return len(p), nil
+}
+
+// start begins to read the source for the digest, beside a copy with opts that
+// does not go in order.
+func (d *digest) start(ctx context.Context, opts copier.Options) {
+	if d == nil {
+		return
+	}
+	own := copier.Options{Workers: opts.Workers, Rate: opts.Rate}
+	if opts.Salvage != nil {
+		own.Salvage = func(int64, int64, error) {} // the copy tells
+	}
+	d.done = make(chan error, 1)
+	go func() { d.done <- copier.Stream(ctx, d.src, d, own) }()
+}
+
+// wait returns when the digest is there.
+func (d *digest) wait() error {
+	if d == nil || d.done == nil {
+		return nil
+	}
+	if err := <-d.done; err != nil {
+		return fmt.Errorf("digest: %w", err)
+	}
+	return nil
+}
+
+func (d *digest) print(w io.Writer) error {
+	if d == nil {
+		return nil
+	}
+	_, err := fmt.Fprintf(w, "%s: %x\n", d.name, d.hash.Sum(nil))
+	return err
 }
 
 // epoch returns the time that a reproducible output bears.

@@ -114,10 +114,8 @@ func (f *createFlags) checkStatic(args []string, help bool) error {
 	if f.output != "human" && f.output != "json" {
 		return usagef("--output must be used with human or json as argument.")
 	}
-	for _, o := range f.objects {
-		if err := checkObject(o); err != nil {
-			return err
-		}
+	if err := checkObjects(f.objects); err != nil {
+		return err
 	}
 	if len(args) == 0 && !help {
 		return usagef("Expecting image file name")
@@ -126,23 +124,6 @@ func (f *createFlags) checkStatic(args []string, help bool) error {
 		return usagef("Unexpected argument: %s", args[2])
 	}
 	return nil
-}
-
-// checkObject checks the form of an --object: TYPE,id=ID,...
-func checkObject(s string) error {
-	settings, _, err := option.Split(s)
-	if err != nil {
-		return err
-	}
-	if len(settings) == 0 || !settings[0].Bare {
-		return fmt.Errorf("--object %s: no type, TYPE,id=ID,... is accepted", s)
-	}
-	for _, x := range settings[1:] {
-		if x.Key == "id" && x.Value != "" {
-			return nil
-		}
-	}
-	return fmt.Errorf("--object %s: Parameter 'id' is missing", s)
 }
 
 // create is the verb.

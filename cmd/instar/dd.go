@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/instar-img/instar/internal/host/copier"
-	"github.com/instar-img/instar/internal/host/image"
 	"github.com/instar-img/instar/sdk/option"
 )
 
@@ -29,8 +29,10 @@ func (a *app) ddCommand() *cobra.Command {
 		Short: "Copy a part of a disk image into a new image",
 		Long: `Copy a part of a disk image into a new image.
 
-  if=INPUT      the image to read
-  of=OUTPUT     the image to make; with -n one that exists
+  if=INPUT      the image to read, or - for standard input (with isize where it
+                is a pipe)
+  of=OUTPUT     the image to make, with -n one that exists, or - for raw data on
+                standard output
   bs=SIZE       size of a block, 512 where not given
   count=BLOCKS  blocks to copy at most
   skip=BLOCKS   blocks to pass over at the start of the input
@@ -56,6 +58,8 @@ type ddOperands struct {
 	count, skip        int64
 	isize, osize       int64
 	hasCount, hasIsize bool
+
+	hasInput, hasOutput bool
 }
 
 // parseDD parses dd's operands.
@@ -69,10 +73,10 @@ func parseDD(args []string) (*ddOperands, error) {
 		var number *int64
 		switch name {
 		case "if":
-			d.input = value
+			d.input, d.hasInput = value, true
 			continue
 		case "of":
-			d.output = value
+			d.output, d.hasOutput = value, true
 			continue
 		case "bs":
 			number = &d.bs
@@ -88,12 +92,19 @@ func parseDD(args []string) (*ddOperands, error) {
 			return nil, fmt.Errorf("unrecognized operand %s", name)
 		}
 		n, err := option.ParseSize(value)
-		if err != nil || n > 1<<63-1 || (name == "bs" && (n == 0 || n > 1<<31-1)) {
-			return nil, fmt.Errorf("invalid number: '%s'", value)
+		least, most := uint64(0), uint64(1<<63-1)
+		if name == "bs" {
+			least, most = 1, 1<<31-1
+		}
+		switch {
+		case errors.Is(err, option.ErrRange), err == nil && (n < least || n > most):
+			return nil, fmt.Errorf("Invalid %s specified. Must be between %d and %d.", name, least, most)
+		case err != nil:
+			return nil, invalidSize(name)
 		}
 		*number = int64(n)
 	}
-	if d.input == "" || d.output == "" {
+	if !d.hasInput || !d.hasOutput {
 		return nil, errors.New("Must specify both input and output files")
 	}
 	return d, nil
@@ -126,7 +137,17 @@ func (a *app) dd(ctx context.Context, f *ddFlags, args []string) error {
 	if err != nil {
 		return err
 	}
-	chain, err := a.openSource(ctx, &f.source, d.input, image.Options{Backing: true, Snapshot: snapshotName(f.snap)})
+	if err := checkSnapshot(f.snap); err != nil {
+		return err
+	}
+	if f.inPlace && d.osize > 0 {
+		return errors.New("osize has no effect when skipping image creation")
+	}
+	to := &convertFlags{source: f.source, target: f.target, inPlace: f.inPlace, snapshot: f.snap, dd: true}
+	if d.hasIsize {
+		to.size = strconv.FormatInt(d.isize, 10)
+	}
+	chain, err := a.openConvertSource(ctx, to, d.input)
 	if err != nil {
 		return err
 	}
@@ -142,9 +163,11 @@ func (a *app) dd(ctx context.Context, f *ddFlags, args []string) error {
 		return err
 	}
 	opts := copier.Options{Sparse: copier.DefaultSparse}
-	to := &convertFlags{target: f.target, inPlace: f.inPlace}
-	if f.inPlace {
+	switch {
+	case d.output == standardStream:
+		return a.convertToStream(ctx, to, source, a.out, opts)
+	case f.inPlace:
 		return a.convertInPlace(ctx, to, source, d.output, opts)
 	}
-	return a.convertToFile(ctx, to, nil, copier.Pad(source, d.osize), d.output, nil, opts)
+	return a.convertToFile(ctx, to, nil, source, d.output, nil, opts)
 }

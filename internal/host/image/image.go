@@ -144,7 +144,8 @@ func (o *Opener) Open(ctx context.Context, path string, opts Options) (*Chain, e
 		}
 		return nil, err
 	}
-	top, err := o.openTop(ctx, walk, path, file, opts)
+	again := func() (*os.File, error) { return o.Gate.NewWalk().OpenMain(path, opts.ReadWrite) }
+	top, err := o.openTop(ctx, walk, path, file, again, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -175,8 +176,9 @@ func couldNotOpen(name string, err error) error {
 	return fmt.Errorf("Could not open '%s': %w", gate.OneLine(name), err)
 }
 
-// openTop opens the image itself, at the snapshot asked for.
-func (o *Opener) openTop(ctx context.Context, walk *gate.Walk, path string, file *os.File, opts Options) (*Layer, error) {
+// openTop opens the image itself, at the snapshot asked for. again returns the
+// file once more.
+func (o *Opener) openTop(ctx context.Context, walk *gate.Walk, path string, file *os.File, again func() (*os.File, error), opts Options) (*Layer, error) {
 	snapshot := opts.Snapshot
 	if strings.HasPrefix(snapshot, "snapshot.") {
 		// Only what the image tells of its snapshots can answer this.
@@ -190,7 +192,7 @@ func (o *Opener) openTop(ctx context.Context, walk *gate.Walk, path string, file
 		if opts.Snapshot, err = FindSnapshot(layer.Info.Snapshots, snapshot); err != nil {
 			return nil, fmt.Errorf("Failed to load snapshot: %w", err)
 		}
-		if file, err = o.Gate.NewWalk().OpenMain(path, opts.ReadWrite); err != nil {
+		if file, err = again(); err != nil {
 			return nil, err
 		}
 	}

@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"fmt"
 	"os"
 
 	"github.com/instar-img/instar/internal/host/gate"
@@ -21,7 +22,9 @@ func (o *Opener) OpenFile(ctx context.Context, name string, file *os.File, opts 
 		return nil, couldNotOpen(name, err)
 	}
 	walk := o.Gate.NewWalk()
-	layer, err := o.openLayer(ctx, walk, name, file, opts)
+	fd := file.Fd()
+	again := func() (*os.File, error) { return os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) }
+	layer, err := o.openTop(ctx, walk, name, file, again, opts)
 	if err != nil {
 		return nil, err
 	}

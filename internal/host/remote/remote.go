@@ -231,8 +231,9 @@ func writeSparse(f *os.File, b []byte, off int64) error {
 }
 
 // Spool brings size bytes of a stream into a temporary file. The stream must
-// end there.
-func Spool(ctx context.Context, r io.Reader, name string, size int64) (_ *os.File, err error) {
+// end there. progress, which may be nil, is called with the bytes that are there.
+// The end of ctx ends it, though a read from the stream may then still wait.
+func Spool(ctx context.Context, r io.Reader, name string, size int64, progress func(done, total int64)) (_ *os.File, err error) {
 	file, err := temporary()
 	if err != nil {
 		return nil, err
@@ -245,22 +246,79 @@ func Spool(ctx context.Context, r io.Reader, name string, size int64) (_ *os.Fil
 	if err := file.Truncate(size); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	buf := make([]byte, 1<<20)
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	next := chunks(ctx, r, size)
 	for off := int64(0); off < size; {
-		if err := ctx.Err(); err != nil {
+		c, err := next()
+		switch {
+		case err != nil:
 			return nil, err
+		case c.err != nil:
+			return nil, fmt.Errorf("%s: ends after %d bytes, %d were announced", name, off+int64(len(c.b)), size)
 		}
-		n, err := io.ReadFull(r, buf[:min(int64(len(buf)), size-off)])
-		if err != nil {
-			return nil, fmt.Errorf("%s: ends after %d bytes, %d were announced", name, off+int64(n), size)
-		}
-		if err := writeSparse(file, buf[:n], off); err != nil {
+		if err := writeSparse(file, c.b, off); err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
-		off += int64(n)
+		if off += int64(len(c.b)); progress != nil {
+			progress(off, size)
+		}
 	}
-	if n, err := r.Read(buf[:1]); n > 0 || (err != nil && !errors.Is(err, io.EOF)) {
+	c, err := next()
+	if err != nil {
+		return nil, err
+	}
+	if len(c.b) > 0 || (c.err != nil && !errors.Is(c.err, io.EOF)) {
 		return nil, fmt.Errorf("%s: goes on after the %d bytes that were announced", name, size)
 	}
 	return file, nil
+}
+
+// read is what one read of a stream brought.
+type read struct {
+	b   []byte
+	err error
+}
+
+// chunks reads size bytes of a stream, and whether anything follows, in a
+// goroutine of its own: nothing ends a read from a pipe. The function it returns
+// waits for the next part, whose memory is the caller's until the next call.
+func chunks(ctx context.Context, r io.Reader, size int64) func() (read, error) {
+	parts := make(chan read)
+	go func() {
+		var bufs [2][]byte
+		for i := 0; ; i++ {
+			b := bufs[i%len(bufs)]
+			if b == nil {
+				b = make([]byte, 1<<20)
+				bufs[i%len(bufs)] = b
+			}
+			want := min(int64(len(b)), size)
+			size -= want
+			last := want == 0
+			var n int
+			var err error
+			if last {
+				n, err = r.Read(b[:1])
+			} else {
+				n, err = io.ReadFull(r, b[:want])
+			}
+			select {
+			case parts <- read{b[:n], err}:
+			case <-ctx.Done():
+				return
+			}
+			if last || err != nil {
+				return
+			}
+		}
+	}()
+	return func() (read, error) {
+		select {
+		case p := <-parts:
+			return p, nil
+		case <-ctx.Done():
+			return read{}, ctx.Err()
+		}
+	}
 }

@@ -111,17 +111,17 @@ func TestFetchRefusesAChangedFile(t *testing.T) {
 
 func TestSpool(t *testing.T) {
 	want := content(3<<20 + 5)
-	f, err := Spool(context.Background(), bytes.NewReader(want), "-", int64(len(want)))
+	f, err := Spool(context.Background(), bytes.NewReader(want), "-", int64(len(want)), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(fetched(t, f), want) {
 		t.Error("content differs")
 	}
-	if _, err := Spool(context.Background(), bytes.NewReader(want), "-", int64(len(want))+1); err == nil || !strings.Contains(err.Error(), "ends after") {
+	if _, err := Spool(context.Background(), bytes.NewReader(want), "-", int64(len(want))+1, nil); err == nil || !strings.Contains(err.Error(), "ends after") {
 		t.Error(err)
 	}
-	if _, err := Spool(context.Background(), bytes.NewReader(want), "-", int64(len(want))-1); err == nil || !strings.Contains(err.Error(), "goes on after") {
+	if _, err := Spool(context.Background(), bytes.NewReader(want), "-", int64(len(want))-1, nil); err == nil || !strings.Contains(err.Error(), "goes on after") {
 		t.Error(err)
 	}
 }

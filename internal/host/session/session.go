@@ -109,6 +109,28 @@ func sameManifest(p *discover.Plugin, running sdk.Manifest) error {
 		p.Path, running.Name, running.Version, p.ManifestPath, p.Manifest.Name, p.Manifest.Version)
 }
 
+// Watch returns a context that also ends, for the reason that it has, when a
+// plugin that runs by now does. What it returns beside must be called.
+func (s *Session) Watch(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.running {
+		go func() {
+			r.once.Do(func() {}) // waits for a start under way
+			if r.process == nil {
+				return
+			}
+			select {
+			case <-r.process.Done():
+				cancel(r.process.ExitError())
+			case <-ctx.Done():
+			}
+		}()
+	}
+	return ctx, func() { cancel(nil) }
+}
+
 // Close ends all plugins. Calls under way fail.
 func (s *Session) Close() {
 	s.mu.Lock()
