@@ -34,9 +34,14 @@ type writer struct {
 	natural int64
 	// spare are the host offsets of blocks given back, oldest first.
 	spare []int64
+	// dropped are the host offsets of blocks that the table on disk refers to until
+	// Finish, to be given back to the host then: maxDropped at most.
+	dropped []int64
 	// pages are the sectors of the table that change, by index.
 	pages map[int64]*page
 }
+
+const maxDropped = 1 << 19 // 4 MiB
 
 const pageEntries = sectorSize / entrySize
 
@@ -78,7 +83,7 @@ func (img *image) BeginWrite(ctx context.Context, req sdk.WriteRequest) (sdk.Wri
 	w.fresh = !present
 	w.pages = map[int64]*page{}
 	w.natural = -1
-	w.spare = nil
+	w.spare, w.dropped = nil, nil
 	size := img.file.fileSize
 	// A device keeps its size, and its end says nothing.
 	err = img.file.File.Truncate(size)
@@ -325,6 +330,8 @@ func (img *image) zeroBlock(ctx context.Context, block int64) error {
 	case e.state() == blockFullyPresent && img.writer.fresh && !g.parent:
 		// Placed since, and nothing has been written there.
 		img.writer.spare = append(img.writer.spare, int64(e.offset()))
+	case e.present() && len(img.writer.dropped) < maxDropped:
+		img.writer.dropped = append(img.writer.dropped, int64(e.offset()))
 	}
 	if err := img.touch(); err != nil {
 		return err
@@ -399,6 +406,9 @@ func (img *image) Finish(ctx context.Context) error {
 		if err := img.logPages(ctx, batch); err != nil {
 			return err
 		}
+	}
+	for _, at := range w.dropped {
+		sdk.Discard(img.file.File, at, img.geo.blockSize)
 	}
 	return nil
 }

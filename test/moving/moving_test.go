@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -225,21 +226,39 @@ func TestChains(t *testing.T) {
 	}
 }
 
-// TestFarOffsets moves data at offsets that 32 bits do not hold.
+// TestFarOffsets moves data at offsets that 32 bits do not hold, into images that
+// take no more space for it.
 func TestFarOffsets(t *testing.T) {
+	const most = 16 << 20
 	dir := t.TempDir()
-	must(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", "far.qcow2", "5T")
-	must(t, dir, "qemu-io", "-c", "write -P 1 4G 64k", "-c", "write -P 2 2199023255552 1M", "-c", "write -P 3 5497558073344 64k", "far.qcow2")
-	for _, tt := range []target{
-		{format: "qcow2"}, {format: "vhdx"}, {format: "raw"}, {format: "qcow2", args: []string{"-c"}},
-		{format: "vmdk"},
+	for _, disk := range []struct {
+		size    string
+		last    string
+		targets string
+	}{
+		{"5T", "5497558073344", "raw qcow2 qcow2-zlib vmdk vmdk-flat vmdk-stream vhdx"},
+		// The most that a VHD holds, and as many files as a split VMDK should have.
+		{"2040G", "2190433255424", "vpc vpc-fixed vmdk-split-sparse vmdk-split-flat"},
 	} {
-		out := "out." + tt.format
-		silent(t, dir, append(append([]string{"convert", "-O", tt.format}, tt.args...), "far.qcow2", out)...)
-		must(t, dir, "qemu-io", "-r", "-f", tt.format, "-c", "read -P 1 4G 64k", "-c", "read -P 2 2199023255552 1M",
-			"-c", "read -P 3 5497558073344 64k", "-c", "read -P 0 1T 1M", out)
-		if err := os.Remove(filepath.Join(dir, out)); err != nil {
-			t.Fatal(err)
+		must(t, dir, "qemu-img", "create", "-q", "-f", "qcow2", "far.img", disk.size)
+		must(t, dir, "qemu-io", "-c", "write -P 1 4G 64k", "-c", "write -P 2 2139023255552 1M", "-c", "write -P 3 "+disk.last+" 64k", "far.img")
+		for _, tt := range targets {
+			if !slices.Contains(strings.Fields(disk.targets), tt.name) {
+				continue
+			}
+			silent(t, dir, append(append([]string{"convert", "-f", "qcow2", "-O", tt.format}, tt.args...), "far.img", "out")...)
+			must(t, dir, "qemu-io", "-r", "-f", tt.format, "-c", "read -P 1 4G 64k", "-c", "read -P 2 2139023255552 1M",
+				"-c", "read -P 3 "+disk.last+" 64k", "-c", "read -P 0 1T 1M", "out")
+			if tt.check {
+				must(t, dir, "qemu-img", "check", "-f", tt.format, "out")
+			}
+			if tt.format != "raw" {
+				must(t, dir, instar(t), "check", "-f", tt.format, "out")
+			}
+			if n := allocated(t, parts(t, dir, "out")...); n > most {
+				t.Errorf("%s: %d bytes for 1.2 MB of data", tt.name, n)
+			}
+			remove(t, dir, "out")
 		}
 	}
 }
@@ -339,6 +358,33 @@ func TestInPlace(t *testing.T) {
 		if tt.check {
 			must(t, dir, "qemu-img", "check", "-f", tt.format, "img")
 		}
+	}
+}
+
+// TestInPlaceZeros writes zeros over images that are full, whose space the host
+// gets back.
+func TestInPlaceZeros(t *testing.T) {
+	dir := t.TempDir()
+	randomDisk(t, filepath.Join(dir, "old.raw"), 8<<20, 23)
+	must(t, dir, "truncate", "-s", "8M", "zero.raw")
+	for _, tt := range targets {
+		if tt.name == "vmdk-stream" || tt.name == "vhdx-fixed" || !tt.exact {
+			continue // not written twice; not to become smaller; larger than the source
+		}
+		silent(t, dir, append(append([]string{"convert", "-f", "raw", "-O", tt.format}, tt.args...), "old.raw", "img")...)
+		silent(t, dir, "convert", "-n", "-f", "raw", "-O", tt.format, "zero.raw", "img")
+		compare(t, dir, tt, "zero.raw", "img")
+		if tt.format != "raw" && tt.name != "qcow2-zlib" && tt.name != "qcow2-zstd" {
+			must(t, dir, instar(t), "check", "-f", tt.format, "img")
+		}
+		most := int64(2 << 20)
+		if tt.name == "qcow2-2M" {
+			most = 9 << 20 // tables of whole clusters, as with qemu-img
+		}
+		if n := allocated(t, parts(t, dir, "img")...); n > most {
+			t.Errorf("%s: %d bytes are left", tt.name, n)
+		}
+		remove(t, dir, "img")
 	}
 }
 
