@@ -1,6 +1,7 @@
 package sdk
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -34,6 +35,32 @@ func TestParallelCallsEachOnce(t *testing.T) {
 	}
 	if err := Parallel(0, func(int) error { return first }); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestDiscard(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "full")
+	full := bytes.Repeat([]byte{7}, 1<<20)
+	if err := os.WriteFile(name, full, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if OnDevice(NewFile(f)) {
+		t.Error("a file is taken for a device")
+	}
+	if !Discard(NewFile(f), 5000, 900000) {
+		t.Skip("holes cannot be punched into files here")
+	}
+	clear(full[5000:905000])
+	if got, err := os.ReadFile(name); err != nil || !bytes.Equal(got, full) {
+		t.Errorf("more or less than the range reads as zeros (%v)", err)
+	}
+	if Discard(struct{ File }{NewFile(f)}, 0, 1) {
+		t.Error("what is no file of the system is said to be discarded")
 	}
 }
 

@@ -3,6 +3,7 @@ package remote
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"net/http"
@@ -117,6 +118,14 @@ func TestSpool(t *testing.T) {
 	}
 	if !bytes.Equal(fetched(t, f), want) {
 		t.Error("content differs")
+	}
+	// Nothing comes, and somebody loses patience.
+	r, w := io.Pipe()
+	defer w.Close()
+	ctx, cancel := context.WithCancel(context.Background())
+	time.AfterFunc(50*time.Millisecond, cancel)
+	if _, err := Spool(ctx, r, "-", 1<<30, nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("the end of the context: %v", err)
 	}
 	if _, err := Spool(context.Background(), bytes.NewReader(want), "-", int64(len(want))+1, nil); err == nil || !strings.Contains(err.Error(), "ends after") {
 		t.Error(err)
