@@ -129,7 +129,7 @@ func (d *ddOperands) window(size int64) (off, length int64, beyond bool) {
 }
 
 // dd is the verb.
-func (a *app) dd(ctx context.Context, f *ddFlags, args []string) error {
+func (a *app) dd(ctx context.Context, f *ddFlags, args []string) (err error) {
 	if err := f.objects(); err != nil {
 		return err
 	}
@@ -147,6 +147,11 @@ func (a *app) dd(ctx context.Context, f *ddFlags, args []string) error {
 	if d.hasIsize {
 		to.size = strconv.FormatInt(d.isize, 10)
 	}
+	// Nothing is shown, but SIGUSR1 is answered, as by dd.
+	if a.meter, err = a.newMeter(ctx, a.err, false, false, ""); err != nil {
+		return err
+	}
+	defer func() { a.meter.Close(err == nil) }()
 	chain, err := a.openConvertSource(ctx, to, d.input)
 	if err != nil {
 		return err
@@ -162,7 +167,7 @@ func (a *app) dd(ctx context.Context, f *ddFlags, args []string) error {
 	if err := a.policy.checkOutput(source.Size); err != nil {
 		return err
 	}
-	opts := copier.Options{Sparse: copier.DefaultSparse}
+	opts := copier.Options{Sparse: copier.DefaultSparse, Progress: a.begin("dd " + d.output)}
 	switch {
 	case d.output == standardStream:
 		return a.convertToStream(ctx, to, source, a.out, opts)

@@ -81,7 +81,7 @@ func TestFetch(t *testing.T) {
 	fetched := 0
 	for d := json.NewDecoder(strings.NewReader(out)); ; {
 		var l line
-		if err := d.Decode(&l); err == io.EOF { //nolint:errorlint // the decoder returns io.EOF itself
+		if err := d.Decode(&l); err == io.EOF {
 			break
 		} else if err != nil {
 			t.Fatalf("%v in %s", err, out)
@@ -101,7 +101,7 @@ func TestFetch(t *testing.T) {
 // TestUserSignal asks for a line of progress, whatever is shown beside.
 func TestUserSignal(t *testing.T) {
 	dir := t.TempDir()
-	randomDisk(t, filepath.Join(dir, "disk.raw"), 16<<20, 12)
+	randomDisk(t, filepath.Join(dir, "disk.raw"), 8<<20, 12)
 	for _, shown := range []string{"", "-p", "--progress=json", "-q"} {
 		args := []string{"convert", "-f", "raw", "-O", "qcow2", "-r", "4M", "disk.raw", "new"}
 		if shown != "" {
@@ -124,6 +124,37 @@ func TestUserSignal(t *testing.T) {
 		if !regexp.MustCompile(`^    \(\d+\.\d\d/100%\)\n$`).Match(stderr.Bytes()) {
 			t.Errorf("%q: %q", shown, stderr.String())
 		}
+	}
+}
+
+// TestUserSignalWaiting asks dd, which waits for standard input.
+func TestUserSignalWaiting(t *testing.T) {
+	dir := t.TempDir()
+	cmd := exec.Command(instar(t), "dd", "if=-", "isize=2M", "of=new")
+	cmd.Dir = dir
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := in.Write(make([]byte, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond)
+	if err := cmd.Process.Signal(syscall.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(100 * time.Millisecond)
+	if _, err := in.Write(make([]byte, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	in.Close()
+	if err := cmd.Wait(); err != nil || stderr.String() != "    (50.00/100%)\n" {
+		t.Errorf("%v: %q", err, stderr.String())
 	}
 }
 
