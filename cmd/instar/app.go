@@ -201,12 +201,14 @@ func (a *app) session() (*session.Session, error) {
 	return a.current, nil
 }
 
-func (a *app) close() {
+// close ends the plugins. A command that failed may have been stopped while they
+// were at work; one that did not has had its images closed.
+func (a *app) close(failed bool) {
 	ahead.Discard()
 	a.currentMu.Lock()
 	defer a.currentMu.Unlock()
 	if a.current != nil {
-		a.current.Close()
+		a.current.Close(failed)
 	}
 }
 

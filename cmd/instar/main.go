@@ -25,13 +25,13 @@ func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 	defer stop()
 	a := &app{name: filepath.Base(args[0]), out: os.Stdout, err: os.Stderr}
-	defer a.close()
 	root := a.rootCommand()
 	line, err := normalise(root, args[1:])
 	if err == nil {
 		root.SetArgs(line)
 		err = root.ExecuteContext(ctx)
 	}
+	defer func() { a.close(err != nil) }()
 	if err == nil {
 		return 0
 	}

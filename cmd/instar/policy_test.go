@@ -33,7 +33,7 @@ func TestUntrustedIsBounded(t *testing.T) {
 		if err := root.ExecuteContext(context.Background()); err == nil {
 			t.Errorf("%q: no error", x.args)
 		}
-		a.close()
+		a.close(false)
 		cmd, _, err := root.Find(x.args)
 		if err != nil {
 			t.Fatal(err)

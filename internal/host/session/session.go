@@ -131,8 +131,10 @@ func (s *Session) Watch(ctx context.Context) (context.Context, func()) {
 	return ctx, func() { cancel(nil) }
 }
 
-// Close ends all plugins. Calls under way fail.
-func (s *Session) Close() {
+// Close ends all plugins. Calls under way fail. With wait it returns when the
+// kernel is done with them too, so that nothing keeps open a device that the next
+// command wants to itself.
+func (s *Session) Close(wait bool) {
 	s.mu.Lock()
 	s.closed = true
 	running := s.running
@@ -144,7 +146,24 @@ func (s *Session) Close() {
 			r.process.Kill()
 		}
 	}
+	if !wait {
+		return
+	}
+	late := time.After(closeTimeout)
+	for _, r := range running {
+		if r.process == nil {
+			continue
+		}
+		select {
+		case <-r.process.Done():
+		case <-late:
+			return
+		}
+	}
 }
+
+// closeTimeout bounds the wait for processes that were killed.
+const closeTimeout = 2 * time.Second
 
 // explain returns what became of the process where err is the transport's, and
 // err itself where the plugin answered.
