@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/instar-img/instar/internal/host/gate"
 	"github.com/instar-img/instar/internal/host/image"
 	"github.com/instar-img/instar/sdk"
 )
@@ -14,6 +15,18 @@ import (
 type bitmapCopy struct {
 	from    sdk.BitmapReader
 	bitmaps []sdk.BitmapInfo
+}
+
+// maxBitmaps bounds what is done for one image: more than any program makes.
+const maxBitmaps = 4096
+
+// bitmapName is a bitmap's name for a message of one line.
+func bitmapName(b sdk.BitmapInfo) string {
+	const most = 256 // bytes
+	if len(b.Name) > most {
+		b.Name = b.Name[:most] + "..."
+	}
+	return gate.OneLine(b.Name)
 }
 
 // selectBitmaps chooses the bitmaps to copy. Inconsistent ones are an error,
@@ -26,6 +39,9 @@ func selectBitmaps(sources []*image.Chain, skipBroken bool, warn func(string)) (
 	if !layer.Info.HasBitmaps {
 		return nil, errors.New("Source lacks bitmap support")
 	}
+	if n := len(layer.Info.Bitmaps); n > maxBitmaps {
+		return nil, fmt.Errorf("the source has %d bitmaps, at most %d can be copied", n, maxBitmaps)
+	}
 	c := &bitmapCopy{}
 	for _, b := range layer.Info.Bitmaps {
 		if !b.Inconsistent {
@@ -33,9 +49,9 @@ func selectBitmaps(sources []*image.Chain, skipBroken bool, warn func(string)) (
 			continue
 		}
 		if !skipBroken {
-			return nil, fmt.Errorf("Cannot copy inconsistent bitmap '%s'\nTry --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it", b.Name)
+			return nil, fmt.Errorf("Cannot copy inconsistent bitmap '%s'\nTry --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it", bitmapName(b))
 		}
-		warn(fmt.Sprintf("Skipping inconsistent bitmap '%s'", b.Name))
+		warn(fmt.Sprintf("Skipping inconsistent bitmap '%s'", bitmapName(b)))
 	}
 	if len(c.bitmaps) == 0 {
 		return c, nil
@@ -57,7 +73,7 @@ func (c *bitmapCopy) check(t *image.Target) error {
 	}
 	for _, b := range c.bitmaps {
 		if slices.ContainsFunc(t.Info.Bitmaps, func(old sdk.BitmapInfo) bool { return old.Name == b.Name }) {
-			return fmt.Errorf("Failed to create bitmap %s: Bitmap already exists: %[1]s", b.Name)
+			return fmt.Errorf("Failed to create bitmap %s: Bitmap already exists: %[1]s", bitmapName(b))
 		}
 	}
 	return nil
@@ -69,7 +85,7 @@ func (c *bitmapCopy) writeTo(ctx context.Context, t *image.Target) error {
 	for _, b := range c.bitmaps {
 		// The first call makes the bitmap, be it empty.
 		if err := to.WriteBitmap(ctx, b, nil); err != nil {
-			return fmt.Errorf("Failed to populate bitmap %s: %w", b.Name, err)
+			return fmt.Errorf("Failed to populate bitmap %s: %w", bitmapName(b), err)
 		}
 		var failed error
 		err := c.from.ReadBitmap(ctx, b.Name, func(runs []sdk.Run) bool {
@@ -77,7 +93,7 @@ func (c *bitmapCopy) writeTo(ctx context.Context, t *image.Target) error {
 			return failed == nil
 		})
 		if err = errors.Join(err, failed); err != nil {
-			return fmt.Errorf("Failed to populate bitmap %s: %w", b.Name, err)
+			return fmt.Errorf("Failed to populate bitmap %s: %w", bitmapName(b), err)
 		}
 	}
 	return nil

@@ -577,7 +577,7 @@ func (a *app) copyInto(ctx context.Context, f *convertFlags, source *copier.Sour
 	f.sum.start(watched, opts)
 	stats, err := copier.Copy(watched, source, dst, opts)
 	if err != nil {
-		return err
+		return because(watched, err)
 	}
 	a.logf("%d bytes copied, %d shared with the source, %d encoded", stats.Written, stats.Cloned, stats.Encoded)
 	if err := f.sum.wait(); err != nil {
@@ -601,7 +601,15 @@ func (a *app) convertToStream(ctx context.Context, f *convertFlags, source *copi
 	}
 	ctx, stop := opener.Session.Watch(ctx)
 	defer stop()
-	return copier.Stream(ctx, source, f.sum.tee(w), opts)
+	return because(ctx, copier.Stream(ctx, source, f.sum.tee(w), opts))
+}
+
+// because returns why a context ended where that is why err happened.
+func because(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil && errors.Is(err, context.Canceled) {
+		return cause
+	}
+	return err
 }
 
 // convertWrapped writes raw data into the archive that a platform asks for.
@@ -621,7 +629,7 @@ func (a *app) convertWrapped(ctx context.Context, f *convertFlags, to *platform.
 	}
 	watched, stop := s.Watch(ctx)
 	defer stop()
-	content := func(w io.Writer) error { return copier.Stream(watched, source, f.sum.tee(w), opts) }
+	content := func(w io.Writer) error { return because(watched, copier.Stream(watched, source, f.sum.tee(w), opts)) }
 	if output == standardStream {
 		return to.Archive(a.out, size, date, content)
 	}

@@ -110,7 +110,7 @@ func (l liar) Describe() sdk.Description {
 }
 
 func (l liar) Open(_ context.Context, req sdk.OpenRequest) (sdk.Image, error) {
-	img := &image{liar: l, main: req.Files[0].File}
+	img := &image{liar: l, main: req.Files[0].File, writable: req.ReadWrite}
 	return img, l.at("open")
 }
 
@@ -172,7 +172,8 @@ func (p plan) Measure(context.Context, sdk.MeasureRequest) (sdk.MeasureResult, e
 
 type image struct {
 	liar
-	main sdk.File
+	main     sdk.File
+	writable bool
 }
 
 func (m *image) Info(context.Context) (*sdk.Info, error) {
@@ -189,6 +190,9 @@ func (m *image) Info(context.Context) (*sdk.Info, error) {
 	}
 	if m.when == "readbitmap" || m.when == "writebitmap" || m.how == "bitmap" {
 		info.HasBitmaps = true
+		if m.writable {
+			return info, nil // a new image, which is to get them
+		}
 		info.Bitmaps = []sdk.BitmapInfo{{Name: "b", Granularity: unit, Enabled: true}}
 		if m.how == "bitmap" {
 			switch m.when {
@@ -199,11 +203,11 @@ func (m *image) Info(context.Context) (*sdk.Info, error) {
 			case "negative":
 				info.Bitmaps[0].Granularity = math.MinInt64
 			case "name":
-				info.Bitmaps[0].Name = "\x1b[2J\rfaked: yes" + strings.Repeat("x", 1100)
+				info.Bitmaps[0].Name = "\x1b[2J\nfaked: yes" + strings.Repeat("x", 1100)
 			case "twice":
 				info.Bitmaps = append(info.Bitmaps, info.Bitmaps[0])
 			case "many":
-				for i := range 2_000 {
+				for i := range 20_000 {
 					info.Bitmaps = append(info.Bitmaps, sdk.BitmapInfo{Name: fmt.Sprint(i), Granularity: unit})
 				}
 			}
