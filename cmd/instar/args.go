@@ -18,46 +18,59 @@ type verbOptions struct {
 	new map[string]string // what 10.0 adds, to the flag that it is here
 }
 
-var qemuOptions = map[string]verbOptions{
-	"": {old: []string{"help", "version", "trace"}},
-	"create": {
-		old: []string{"help", "object"},
-		new: map[string]string{
-			"quiet": "quiet", "format": "format", "options": "options", "backing": "backing",
-			"backing-format": "backing-format", "backing-unsafe": "unsafe",
-		},
-	},
-	"convert": {
-		old: []string{"help", "object", "image-opts", "force-share", "target-image-opts", "salvage", "target-is-zero", "bitmaps", "skip-broken-bitmaps"},
-		new: map[string]string{
-			"quiet": "quiet", "source-format": "format", "source-image-opts": "image-opts", "source-snapshot": "snapshot",
-			"source-cache": "source-cache", "target-format": "target-format", "target-options": "options",
-			"target-cache": "cache", "compress": "compress", "backing": "target-backing", "backing-format": "backing-format",
-			"no-create": "no-create", "sparse-size": "sparse-size", "rate": "rate-limit", "parallel": "coroutines",
-			"copy-range-offloading": "offload", "oob-writes": "out-of-order",
-		},
-	},
-	"dd": {
-		old: []string{"help", "object", "image-opts", "force-share"},
-		new: map[string]string{"format": "format", "output-format": "target-format"},
-	},
-	"info": {old: []string{"help", "format", "output", "backing-chain", "object", "image-opts", "force-share"}},
-	"map":  {old: []string{"help", "format", "output", "object", "image-opts", "force-share", "start-offset", "max-length"}},
-	"check": {
-		old: []string{"help", "format", "repair", "output", "object", "image-opts", "force-share"},
-		new: map[string]string{"quiet": "quiet", "cache": "cache"},
-	},
-	"measure": {
-		old: []string{"help", "image-opts", "object", "output", "size", "force-share"},
-		new: map[string]string{"target-format": "target-format", "options": "options", "format": "format", "snapshot": "snapshot"},
-	},
-	"compare": {
-		old: []string{"help", "object", "image-opts", "force-share"},
-		new: map[string]string{
-			"quiet": "quiet", "progress": "progress", "a-format": "format", "b-format": "second-format",
-			"strict": "strict", "cache": "source-cache",
-		},
-	},
+// qemuOptions returns the options of a verb, and those before one for none.
+func qemuOptions(verb string) verbOptions {
+	switch verb {
+	case "":
+		return verbOptions{old: []string{"help", "version", "trace"}}
+	case "create":
+		return verbOptions{
+			old: []string{"help", "object"},
+			new: map[string]string{
+				"quiet": "quiet", "format": "format", "options": "options", "backing": "backing",
+				"backing-format": "backing-format", "backing-unsafe": "unsafe",
+			},
+		}
+	case "convert":
+		return verbOptions{
+			old: []string{"help", "object", "image-opts", "force-share", "target-image-opts", "salvage", "target-is-zero", "bitmaps", "skip-broken-bitmaps"},
+			new: map[string]string{
+				"quiet": "quiet", "source-format": "format", "source-image-opts": "image-opts", "source-snapshot": "snapshot",
+				"source-cache": "source-cache", "target-format": "target-format", "target-options": "options",
+				"target-cache": "cache", "compress": "compress", "backing": "target-backing", "backing-format": "backing-format",
+				"no-create": "no-create", "sparse-size": "sparse-size", "rate": "rate-limit", "parallel": "coroutines",
+				"copy-range-offloading": "offload", "oob-writes": "out-of-order",
+			},
+		}
+	case "dd":
+		return verbOptions{
+			old: []string{"help", "object", "image-opts", "force-share"},
+			new: map[string]string{"format": "format", "output-format": "target-format"},
+		}
+	case "info":
+		return verbOptions{old: []string{"help", "format", "output", "backing-chain", "object", "image-opts", "force-share"}}
+	case "map":
+		return verbOptions{old: []string{"help", "format", "output", "object", "image-opts", "force-share", "start-offset", "max-length"}}
+	case "check":
+		return verbOptions{
+			old: []string{"help", "format", "repair", "output", "object", "image-opts", "force-share"},
+			new: map[string]string{"quiet": "quiet", "cache": "cache"},
+		}
+	case "measure":
+		return verbOptions{
+			old: []string{"help", "image-opts", "object", "output", "size", "force-share"},
+			new: map[string]string{"target-format": "target-format", "options": "options", "format": "format", "snapshot": "snapshot"},
+		}
+	case "compare":
+		return verbOptions{
+			old: []string{"help", "object", "image-opts", "force-share"},
+			new: map[string]string{
+				"quiet": "quiet", "progress": "progress", "a-format": "format", "b-format": "second-format",
+				"strict": "strict", "cache": "source-cache",
+			},
+		}
+	}
+	return verbOptions{}
 }
 
 // errAmbiguous lists what an abbreviation may stand for, as getopt_long does.
@@ -143,7 +156,7 @@ func longFlag(cmd *cobra.Command, verb, arg string) (used []string, want string,
 		return nil, "", err
 	}
 	switch {
-	case valued && isSwitch(flag) && slices.Contains(qemuOptions[verb].old, flag.Name):
+	case valued && isSwitch(flag) && slices.Contains(qemuOptions(verb).old, flag.Name):
 		return nil, "", errUnrecognized(arg)
 	case valued:
 		return []string{"--" + flag.Name + "=" + value}, "", nil
@@ -209,7 +222,7 @@ func findFlag(cmd *cobra.Command, verb, name, arg string) (*pflag.Flag, error) {
 	if f := lookup(cmd, name); f != nil {
 		return f, nil
 	}
-	options := qemuOptions[verb]
+	options := qemuOptions(verb)
 	if to, ok := options.new[name]; ok {
 		return lookup(cmd, to), nil
 	}
