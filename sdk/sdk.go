@@ -166,6 +166,9 @@ type OpenRequest struct {
 	// Name is the base name of the main file, for formats whose metadata names
 	// their own files. It is data, not something that can be opened.
 	Name string
+	// Guessed: nobody has said that the file is of this format. The fallback format
+	// refuses then what bears the mark of another.
+	Guessed bool
 }
 
 // Image is an opened image: one layer, metadata only. Methods are safe for

@@ -140,15 +140,40 @@ func (a *app) opener() (*image.Opener, error) {
 // warn prints a warning, once.
 func (a *app) warn(text string) { fmt.Fprintf(a.err, "%s: warning: %s\n", a.name, render.Escape(text)) }
 
+// standardOutput remembers that something could not be written.
+type standardOutput struct {
+	*os.File
+	err error
+}
+
+func (o *standardOutput) Write(p []byte) (int, error) {
+	n, err := o.File.Write(p)
+	if err != nil && o.err == nil {
+		o.err = err
+	}
+	return n, err
+}
+
+func (o *standardOutput) WriteString(s string) (int, error) { return o.Write([]byte(s)) }
+
+// printed returns why results could not be written. Who prints a verdict must not
+// end as if it had.
+func (a *app) printed() error {
+	if o, ok := a.out.(*standardOutput); ok {
+		return o.err
+	}
+	return nil
+}
+
 // terminal reports whether results go to a terminal.
 func (a *app) terminal() bool {
-	f, ok := a.out.(*os.File)
+	f, ok := a.out.(*standardOutput)
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 
 // width returns the columns of the terminal, 80 where there is none.
 func (a *app) width() int {
-	if f, ok := a.out.(*os.File); ok {
+	if f, ok := a.out.(*standardOutput); ok {
 		if w, _, err := term.GetSize(int(f.Fd())); err == nil && w > 0 {
 			return w
 		}
@@ -202,7 +227,7 @@ func (a *app) session() (*session.Session, error) {
 }
 
 // close ends the plugins. A command that failed may have been stopped while they
-// were at work; one that did not has had its images closed.
+// were at work.
 func (a *app) close(failed bool) {
 	ahead.Discard()
 	a.currentMu.Lock()
@@ -220,7 +245,7 @@ func short() { runtime.GOMAXPROCS(1) }
 func (a *app) rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:           a.name,
-		Short:         "Create, inspect, check, convert and edit virtual disk images",
+		Short:         "Create, inspect, check, compare and convert virtual disk images",
 		Version:       version,
 		SilenceErrors: true,
 		SilenceUsage:  true,

@@ -43,7 +43,7 @@ func (a *app) checkCommand() *cobra.Command {
 
 Exit codes: 0 nothing wrong; 1 the check could not be completed; 2 corrupt;
 3 leaked clusters, not corrupt; 63 the format cannot be checked. Of many images
-the highest.`,
+the gravest: 2, 1, 3, 63.`,
 		RunE: func(cmd *cobra.Command, args []string) error { return a.check(cmd.Context(), &f, args) },
 	}
 	flags := cmd.Flags()

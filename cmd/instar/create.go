@@ -302,15 +302,21 @@ func resolveBacking(ctx context.Context, opener *image.Opener, schema option.Sch
 
 // openBacking opens the backing file and describes it.
 func openBacking(ctx context.Context, opener *image.Opener, req *image.CreateRequest) error {
+	errItself := errors.New("Error: Trying to create an image with the same filename as the backing file")
 	if req.BackingName == req.Path {
-		return errors.New("Error: Trying to create an image with the same filename as the backing file")
+		return errItself
 	}
 	format := req.Values.StringOr(keyBackingFormat, "")
-	layer, err := opener.OpenBacking(ctx, req.Path, req.BackingName, format)
+	chain, err := opener.OpenBacking(ctx, req.Path, req.BackingName, format)
 	if err != nil {
 		return fmt.Errorf("%w\nCould not open backing image.", err)
 	}
-	defer layer.Close()
+	defer chain.Close()
+	// By whatever name, and however far below.
+	if chain.Holds(req.Path) {
+		return errItself
+	}
+	layer := chain.Top()
 	if format == "" {
 		return fmt.Errorf("Backing file specified without backing format\nDetected format of %s.", layer.Format())
 	}

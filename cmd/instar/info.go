@@ -169,6 +169,7 @@ func (a *app) info(ctx context.Context, f *infoFlags, args []string) error {
 		if err != nil {
 			return err
 		}
+		a.current.End() // while the result is printed
 		return emit(images)
 	}
 	err = each(ctx, a, args, work, emit)

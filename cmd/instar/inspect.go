@@ -112,5 +112,5 @@ func (a *app) inspect(ctx context.Context, f *inspectFlags, args []string) error
 	if !v.Safe() {
 		return inspectUnsafe
 	}
-	return nil
+	return a.printed()
 }

@@ -1,4 +1,4 @@
-// Command instar creates, inspects, checks, converts and edits virtual disk
+// Command instar creates, inspects, checks, compares and converts virtual disk
 // images. It knows verbs and no formats: each format is a plugin program.
 package main
 
@@ -24,7 +24,7 @@ func main() {
 func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 	defer stop()
-	a := &app{name: filepath.Base(args[0]), out: os.Stdout, err: os.Stderr}
+	a := &app{name: filepath.Base(args[0]), out: &standardOutput{File: os.Stdout}, err: os.Stderr}
 	root := a.rootCommand()
 	line, err := normalise(root, args[1:])
 	if err == nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 
 	"github.com/instar-img/instar/cmd/instar/internal/render"
@@ -13,7 +14,7 @@ import (
 
 // each works on names side by side and emits the results in the order of the
 // names. A name whose work fails is reported and the rest go on; the result is
-// then the highest exit code that any of them had. Work that fails with an
+// then the gravest exit code that any of them had. Work that fails with an
 // exitCode has a result all the same.
 func each[T any](ctx context.Context, a *app, names []string, work func(context.Context, int, string) (T, error), emit func(T) error) error {
 	type outcome struct {
@@ -53,7 +54,7 @@ func each[T any](ctx context.Context, a *app, names []string, work func(context.
 		}
 		if o.err != nil {
 			code, message := a.exit(ctx, o.err)
-			worst = max(worst, code)
+			worst = graver(worst, code)
 			if message != "" {
 				fmt.Fprintf(a.err, "%s: %s\n", a.name, message)
 				continue
@@ -67,6 +68,22 @@ func each[T any](ctx context.Context, a *app, names []string, work func(context.
 		return exitCode(worst)
 	}
 	return nil
+}
+
+// graver returns the exit code that tells of more: of check's, corruption is the
+// worst and a format without a check the least.
+func graver(a, b int) int {
+	order := []int{0, int(checkUnsupported), int(checkLeaks), int(checkFailed), int(checkCorrupt)}
+	rank := func(code int) int {
+		if i := slices.Index(order, code); i >= 0 {
+			return i
+		}
+		return len(order)
+	}
+	if rank(a) >= rank(b) {
+		return a
+	}
+	return b
 }
 
 // results prints the results of one or many images: of one as qemu-img does,

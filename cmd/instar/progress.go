@@ -40,8 +40,8 @@ func (a *app) newMeter(ctx context.Context, out io.Writer, lines, quiet bool, fo
 		shown = newJSONMeter(ctx, out)
 	case !lines:
 	default:
-		if f, ok := out.(*os.File); ok && f == os.Stdout && a.terminal() {
-			shown = &barMeter{out: f}
+		if f, ok := out.(*standardOutput); ok && a.terminal() {
+			shown = &barMeter{out: f.File}
 		} else {
 			shown = &lineMeter{out: out}
 		}

@@ -2,7 +2,10 @@ package raw
 
 import (
 	"bytes"
+	"fmt"
 	"strings"
+
+	"github.com/instar-img/instar/sdk"
 )
 
 // headReach is how far from the start marks are looked for, in bytes: as far as
@@ -63,6 +66,29 @@ func found(marks []mark, head, tail []byte) string {
 	}
 	return ""
 }
+
+// refuseForeign returns an error for a file that would be read as plain bytes
+// only because no plugin knows its format.
+func refuseForeign(f sdk.File, length int64) error {
+	if length == 0 {
+		return nil
+	}
+	head, err := sdk.ReadAtMost(f, "start", 0, min(length, openReach), openReach)
+	if err != nil {
+		return err
+	}
+	tail, err := sdk.ReadAtMost(f, "end", max(0, length-tailReach), min(length, tailReach), tailReach)
+	if err != nil {
+		return err
+	}
+	if name := found(foreignMarks[:], head, tail); name != "" {
+		return fmt.Errorf("it bears the mark of %s, which no installed plugin reads (-f raw takes it as it is): %w", name, sdk.ErrUnsupported)
+	}
+	return nil
+}
+
+// openReach is how far from the start foreignMarks lie, in bytes.
+const openReach = 512
 
 // isDescriptor reports whether a file that begins with head can be read as the
 // descriptor of a VMDK: text, up to a NUL, with a line that only one has.

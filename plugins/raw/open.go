@@ -33,6 +33,11 @@ func (format) Open(_ context.Context, req sdk.OpenRequest) (sdk.Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	if req.Guessed {
+		if err := refuseForeign(f, length); err != nil {
+			return nil, err
+		}
+	}
 	size, ok := ondisk.AlignUp(length, sectorSize)
 	if !ok {
 		return nil, fmt.Errorf("file length %d: %w", length, sdk.ErrTooBig)

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/instar-img/instar/sdk"
@@ -150,5 +151,25 @@ func TestWriteNeedsReadWrite(t *testing.T) {
 	}
 	if _, err := o.Image.(sdk.Writer).Place(context.Background(), []sdk.Run{{Offset: 1 << 20, Length: 512}}); !errors.Is(err, sdk.ErrInvalid) {
 		t.Errorf("Place beyond the disk: %v", err)
+	}
+}
+
+// What bears another format's mark is raw only where somebody says so.
+func TestOpenGuessed(t *testing.T) {
+	for content, foreign := range map[string]bool{
+		"QED\x00" + strings.Repeat("x", 1020):                                        true,
+		strings.Repeat("\x00", 0x40) + "\x7f\x10\xda\xbe" + strings.Repeat("x", 500): true,
+		strings.Repeat("x", 1024) + "koly" + strings.Repeat("\x00", 508):             true,
+		strings.Repeat("x", 1024):                                                    false,
+		"x":                                                                          false,
+		"":                                                                           false,
+	} {
+		for _, guessed := range []bool{false, true} {
+			file := formattest.MemFile([]byte(content))
+			_, err := New().Open(context.Background(), sdk.OpenRequest{Guessed: guessed, Files: []sdk.NamedFile{{Role: sdk.RoleMain, File: file}}})
+			if want := foreign && guessed; errors.Is(err, sdk.ErrUnsupported) != want || !want && err != nil {
+				t.Errorf("%.8q, guessed %t: %v", content, guessed, err)
+			}
+		}
 	}
 }

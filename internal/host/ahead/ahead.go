@@ -101,6 +101,7 @@ func Discard() {
 	for _, s := range begun.starts {
 		if c := s.take(); c != nil {
 			c.Remove()
+			<-c.Done()
 		}
 	}
 }

@@ -344,6 +344,7 @@ func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, fi
 	layer.Image, err = format.Open(ctx, sdk.OpenRequest{
 		Files:     []sdk.NamedFile{{Role: sdk.RoleMain, File: sdk.NewFile(file)}},
 		ReadWrite: opts.ReadWrite, Check: opts.Check, Snapshot: opts.Snapshot, Name: filepath.Base(path),
+		Guessed: opts.Format == "" && !opts.Protocol,
 	})
 	if err != nil {
 		return nil, err
@@ -464,15 +465,41 @@ func opens(p *discover.Plugin) error {
 }
 
 // OpenBacking opens the image that a new image at path shall have as its
-// backing file.
-func (o *Opener) OpenBacking(ctx context.Context, path, name, format string) (*Layer, error) {
+// backing file, with those below it that can be opened.
+func (o *Opener) OpenBacking(ctx context.Context, path, name, format string) (*Chain, error) {
 	walk := o.Gate.NewWalk()
 	full := gate.Resolve(path, name)
 	file, err := walk.OpenMain(full, false)
 	if err != nil {
 		return nil, err
 	}
-	return o.openLayer(ctx, walk, full, file, Options{Format: format})
+	opts := Options{Name: full, Format: format}
+	top, err := o.openLayer(ctx, walk, full, file, opts)
+	if err != nil {
+		return nil, err
+	}
+	chain := &Chain{Layers: []*Layer{top}}
+	quiet := *o
+	quiet.Warn = nil
+	_ = quiet.openBackings(ctx, walk, chain, opts) // who reads the image will be told
+	return chain, nil
+}
+
+// Holds reports whether the file at path, if there is one, is among those of the
+// chain.
+func (c *Chain) Holds(path string) bool {
+	info, err := os.Stat(path)
+	if err != nil {
+		return false
+	}
+	for _, l := range c.Layers {
+		for _, f := range l.Files {
+			if fi, err := f.Stat(); err == nil && os.SameFile(info, fi) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // certain lists the formats whose own bytes are in the file.

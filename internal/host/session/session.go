@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/instar-img/instar/internal/host/child"
 	"github.com/instar-img/instar/internal/host/discover"
 	"github.com/instar-img/instar/internal/host/launch"
 	"github.com/instar-img/instar/sdk"
@@ -131,22 +132,30 @@ func (s *Session) Watch(ctx context.Context) (context.Context, func()) {
 	return ctx, func() { cancel(nil) }
 }
 
-// Close ends all plugins. Calls under way fail. With wait it returns when the
-// kernel is done with them too, so that nothing keeps open a device that the next
-// command wants to itself.
-func (s *Session) Close(wait bool) {
+// End ends all plugins, without waiting for the kernel to be done with them.
+// Close is to follow.
+func (s *Session) End() {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.closed = true
-	running := s.running
-	s.running = nil
-	s.mu.Unlock()
-	for _, r := range running {
+	for _, r := range s.running {
 		r.once.Do(func() {}) // waits for a start under way
 		if r.process != nil {
 			r.process.Kill()
 		}
 	}
-	if !wait {
+}
+
+// Close ends all plugins. Calls under way fail. With wait it returns when the
+// kernel is done with them, so that nothing keeps open a device that the next
+// command wants to itself. It does so too where nobody else would wait for them.
+func (s *Session) Close(wait bool) {
+	s.End()
+	s.mu.Lock()
+	running := s.running
+	s.running = nil
+	s.mu.Unlock()
+	if !wait && child.OrphansAreWaitedFor() {
 		return
 	}
 	late := time.After(closeTimeout)

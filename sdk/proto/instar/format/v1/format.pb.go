@@ -1646,6 +1646,7 @@ type OpenImageRequest struct {
 	Check         bool                   `protobuf:"varint,3,opt,name=check,proto3" json:"check,omitempty"`
 	Snapshot      string                 `protobuf:"bytes,4,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
 	Name          string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`
+	Guessed       bool                   `protobuf:"varint,6,opt,name=guessed,proto3" json:"guessed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1713,6 +1714,13 @@ func (x *OpenImageRequest) GetName() string {
 		return x.Name
 	}
 	return ""
+}
+
+func (x *OpenImageRequest) GetGuessed() bool {
+	if x != nil {
+		return x.Guessed
+	}
+	return false
 }
 
 type OpenImageResponse struct {
@@ -4120,14 +4128,15 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\x10EmitPlanResponse\"(\n" +
 	"\x12ReleasePlanRequest\x12\x12\n" +
 	"\x04plan\x18\x01 \x01(\x04R\x04plan\"\x15\n" +
-	"\x13ReleasePlanResponse\"\xab\x01\n" +
+	"\x13ReleasePlanResponse\"\xc5\x01\n" +
 	"\x10OpenImageRequest\x122\n" +
 	"\x05files\x18\x01 \x03(\v2\x1c.instar.format.v1.FileTicketR\x05files\x12\x1d\n" +
 	"\n" +
 	"read_write\x18\x02 \x01(\bR\treadWrite\x12\x14\n" +
 	"\x05check\x18\x03 \x01(\bR\x05check\x12\x1a\n" +
 	"\bsnapshot\x18\x04 \x01(\tR\bsnapshot\x12\x12\n" +
-	"\x04name\x18\x05 \x01(\tR\x04name\"\xc1\x02\n" +
+	"\x04name\x18\x05 \x01(\tR\x04name\x12\x18\n" +
+	"\aguessed\x18\x06 \x01(\bR\aguessed\"\xc1\x02\n" +
 	"\x11OpenImageResponse\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\x12*\n" +
 	"\x04info\x18\x02 \x01(\v2\x16.instar.format.v1.InfoR\x04info\x12\x18\n" +
