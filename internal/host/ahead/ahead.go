@@ -98,12 +98,14 @@ func Discard() {
 	if begun == nil {
 		return
 	}
+	var unused []*child.Child
 	for _, s := range begun.starts {
 		if c := s.take(); c != nil {
 			c.Remove()
-			<-c.Done()
+			unused = append(unused, c)
 		}
 	}
+	child.Await(false, unused...)
 }
 
 func (s *start) take() *child.Child {

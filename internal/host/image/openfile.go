@@ -8,7 +8,8 @@ import (
 	"github.com/instar-img/instar/internal/host/gate"
 )
 
-// OpenBackingChain is OpenBacking with the backing files of the backing file.
+// OpenBackingChain is OpenBacking for a caller who reads the image: none of the
+// files below it may be missing.
 func (o *Opener) OpenBackingChain(ctx context.Context, path, name, format string) (*Chain, error) {
 	return o.Open(ctx, gate.Resolve(path, name), Options{Format: format, Backing: true})
 }

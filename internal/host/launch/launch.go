@@ -320,6 +320,9 @@ func (p *Process) Kill() {
 	})
 }
 
+// Child is the plugin's process itself.
+func (p *Process) Child() *child.Child { return p.child }
+
 // Done is closed when the plugin's process has ended.
 func (p *Process) Done() <-chan struct{} { return p.child.Done() }
 

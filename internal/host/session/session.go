@@ -155,24 +155,14 @@ func (s *Session) Close(wait bool) {
 	running := s.running
 	s.running = nil
 	s.mu.Unlock()
-	if !wait && child.OrphansAreWaitedFor() {
-		return
-	}
-	late := time.After(closeTimeout)
+	var killed []*child.Child
 	for _, r := range running {
-		if r.process == nil {
-			continue
-		}
-		select {
-		case <-r.process.Done():
-		case <-late:
-			return
+		if r.process != nil {
+			killed = append(killed, r.process.Child())
 		}
 	}
+	child.Await(wait, killed...)
 }
-
-// closeTimeout bounds the wait for processes that were killed.
-const closeTimeout = 2 * time.Second
 
 // explain returns what became of the process where err is the transport's, and
 // err itself where the plugin answered.
