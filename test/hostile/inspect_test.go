@@ -352,6 +352,20 @@ func TestInspectUnlistedRule(t *testing.T) {
 	}
 }
 
+// shortenCID replaces the CID of a VMDK of one file as qemu-img would with the
+// number 1: what was the end of the text stays behind it.
+func shortenCID(t *testing.T, image []byte) []byte {
+	t.Helper()
+	text, _, _ := bytes.Cut(image[512:], []byte{0})
+	before, after, ok := bytes.Cut(text, []byte("\nCID="))
+	_, after, end := bytes.Cut(after, []byte("\n"))
+	if !ok || !end {
+		t.Fatalf("%q", text)
+	}
+	shorter := slices.Concat(before, []byte("\nCID=1\n"), after, []byte{0})
+	return slices.Concat(image[:512], shorter, image[512+len(shorter):])
+}
+
 // What people upload is safe: what instar and qemu-img make, disks with
 // partitions, and file systems without.
 func TestInspectHarmless(t *testing.T) {
@@ -383,6 +397,21 @@ func TestInspectHarmless(t *testing.T) {
 		if !strings.Contains(line, "vpc -o subformat=fixed") {
 			safe(ours)
 			safe(theirs)
+		}
+		if format == "vmdk" {
+			b, err := os.ReadFile(filepath.Join(dir, theirs))
+			if err != nil {
+				t.Fatal(err)
+			}
+			short := shortenCID(t, b)
+			write(t, dir, "short", short)
+			safe("short")
+			// Anything else there is not qemu-img's.
+			short[512+bytes.IndexByte(short[512:], 0)+1] ^= 0x20
+			write(t, dir, "short", short)
+			if r := (command{Argv: []string{"inspect", "short"}, Dir: dir}).run(t); r.Code != 1 || !strings.Contains(r.Stdout, "follows the end of the descriptor") {
+				t.Errorf("%s\n%s%s", line, r.Stdout, r.Stderr)
+			}
 		}
 	}
 	for _, line := range []string{
