@@ -453,7 +453,10 @@ func (a *app) convertToFile(ctx context.Context, f *convertFlags, to *platform.P
 		}
 		settings = append(settings, option.Setting{Key: x.key, Value: x.value})
 	}
-	req := &image.CreateRequest{Path: output, Plugin: plugin, Size: source.Size, Sync: f.sync(), Log: func(line string) { a.logf("%s", line) }}
+	req := &image.CreateRequest{
+		Path: output, Plugin: plugin, Size: source.Size, Sync: f.sync(),
+		Allow: a.policy.checkOutput, Log: func(line string) { a.logf("%s", line) },
+	}
 	if req.Values, err = schema.Validate(plugin.Manifest.Name, append(settings, fromO...)); err != nil {
 		return f.failed(output, plugin.Manifest.Name, err)
 	}
@@ -616,6 +619,9 @@ func because(ctx context.Context, err error) error {
 func (a *app) convertWrapped(ctx context.Context, f *convertFlags, to *platform.Platform, source *copier.Source, output string, opts copier.Options) error {
 	size, err := to.RoundSize(source.Size)
 	if err != nil {
+		return err
+	}
+	if err := a.policy.checkOutput(size); err != nil {
 		return err
 	}
 	source = copier.Pad(source, size)

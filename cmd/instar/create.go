@@ -164,7 +164,7 @@ func (a *app) create(ctx context.Context, f *createFlags, args []string) error {
 	if err != nil {
 		return err
 	}
-	req := &image.CreateRequest{Path: filename, Plugin: plugin, Log: func(line string) { a.logf("%s", line) }}
+	req := &image.CreateRequest{Path: filename, Plugin: plugin, Allow: a.policy.checkOutput, Log: func(line string) { a.logf("%s", line) }}
 	if req.Values, err = schema.Validate(plugin.Manifest.Name, settings); err != nil {
 		return fmt.Errorf("%s: %w", filename, err)
 	}

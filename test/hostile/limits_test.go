@@ -155,7 +155,8 @@ func TestPolicyFlags(t *testing.T) {
 	}
 }
 
-// --max-output refuses by virtual size, before anything is written.
+// --max-output refuses by the virtual size that the output would have, before
+// anything is written.
 func TestMaxOutput(t *testing.T) {
 	dir := t.TempDir()
 	write(t, dir, "disk", make([]byte, 2<<20))
@@ -165,6 +166,8 @@ func TestMaxOutput(t *testing.T) {
 		"convert -O qcow2 disk out", "convert -O qcow2 disk old", "convert small disk out", "convert -n disk small",
 		"convert --for azure disk out", "convert disk -", "dd if=disk of=out", "dd osize=2M if=small of=out",
 		"create -f qcow2 out 2M", "create -f qcow2 -b disk -F raw out", "dd if=disk of=out bs=1k skip=1 count=1025",
+		// As the format and the platform round it.
+		"create -q -f vpc out 1M", "convert -O vpc small out", "convert -O vpc small old", "dd -O vpc if=small of=out", "convert --for gce small out",
 	} {
 		r := command{Argv: append(strings.Fields(words), "--max-output", "1M"), Dir: dir}.run(t)
 		if line := r.oneLine(t); !strings.Contains(line, "--max-output allows 1048576") || r.Stdout != "" {

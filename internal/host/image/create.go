@@ -26,6 +26,9 @@ type CreateRequest struct {
 	Size        int64         // virtual size
 	Backing     *sdk.BackingInfo
 	BackingName string
+	// Allow is asked about the virtual size that the image will have, as the format
+	// rounds it, before anything is made. Nil allows any.
+	Allow func(size int64) error
 	// Sync waits until the image is on stable storage before it has its name.
 	Sync bool
 	Log  func(string)
@@ -67,6 +70,11 @@ func emit(ctx context.Context, format sdk.Creator, req *CreateRequest, opts Targ
 	})
 	if err != nil {
 		return nil, nil, nil, err
+	}
+	if req.Allow != nil {
+		if err := req.Allow(plan.Info().VirtualSize); err != nil {
+			return nil, nil, nil, err
+		}
 	}
 	set, files, err := begin(ctx, format, req, plan.Info())
 	if err != nil {
