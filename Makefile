@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := build
 
-VERSION  ?= 0.1
+VERSION  ?= 0.1.0
 PREFIX   ?= /usr/local
 DESTDIR  ?=
 FUZZTIME ?= 20s

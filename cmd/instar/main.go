@@ -14,7 +14,7 @@ import (
 )
 
 // version is set by the build.
-var version = "0.1"
+var version = "0.1.0"
 
 func main() {
 	os.Exit(run(os.Args))

@@ -63,7 +63,7 @@ func (format) Describe() sdk.Description {
 		Manifest: sdk.Manifest{
 			Name:         "qcow2",
 			Suffixes:     []string{"qcow2"},
-			Version:      "0.1",
+			Version:      "0.1.0",
 			Protocols:    []int{sdk.Protocol},
 			Capabilities: []string{sdk.CapOpen, sdk.CapCreate, sdk.CapDecode, sdk.CapCheck, sdk.CapRepair, sdk.CapWrite},
 			Probes: []sdk.Probe{
