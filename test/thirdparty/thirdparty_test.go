@@ -107,6 +107,14 @@ func TestExample(t *testing.T) {
 			if ok || !strings.Contains(stderr, "colour") {
 				t.Errorf("a wrong key: %q", stderr)
 			}
+
+			// It can create, and cannot write.
+			for _, args := range [][]string{{"convert", "-O", "boxed", "gift.box", "x"}, {"dd", "-O", "boxed", "if=gift.box", "of=x"}} {
+				_, stderr, ok = run(args...)
+				if ok || !strings.Contains(stderr, `plugin boxed makes empty images and cannot write data into them (it lacks "write")`) {
+					t.Errorf("%q: %q", args, stderr)
+				}
+			}
 		})
 	}
 }

@@ -37,9 +37,12 @@ type TargetOptions struct {
 // Commit.
 func (o *Opener) CreateTarget(ctx context.Context, req *CreateRequest, opts TargetOptions) (_ *Target, err error) {
 	plugin := req.Plugin
-	for _, capability := range []string{sdk.CapCreate, sdk.CapOpen, sdk.CapWrite} {
+	if !plugin.Manifest.Has(sdk.CapCreate) {
+		return nil, fmt.Errorf("Format driver '%s' does not support image creation", plugin.Manifest.Name)
+	}
+	for _, capability := range []string{sdk.CapOpen, sdk.CapWrite} {
 		if !plugin.Manifest.Has(capability) {
-			return nil, fmt.Errorf("Format driver '%s' does not support image creation", plugin.Manifest.Name)
+			return nil, fmt.Errorf("plugin %s makes empty images and cannot write data into them (it lacks %q): %w", plugin.Manifest.Name, capability, sdk.ErrUnsupported)
 		}
 	}
 	format, err := o.Session.Format(ctx, plugin)
