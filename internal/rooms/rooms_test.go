@@ -10,9 +10,11 @@ import (
 	"go/token"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -307,3 +309,46 @@ func TestFormatsLinkLittle(t *testing.T) {
 		}
 	}
 }
+
+// The manual page has every environment variable that the core reads.
+func TestEnvironmentIsDocumented(t *testing.T) {
+	page, err := os.ReadFile(filepath.Join(root, "packaging", "share"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(page), ".SH ENVIRONMENT")
+	section, _, _ = strings.Cut(section, ".SH ")
+	read := map[string]bool{"TMPDIR": true} // by os.CreateTemp
+	for _, s := range sources(t, "cmd", "internal") {
+		ast.Inspect(s.file, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.BasicLit:
+				if name, err := strconv.Unquote(n.Value); err == nil && variable.MatchString(name) {
+					read[name] = true
+				}
+			case *ast.CallExpr:
+				f, ok := n.Fun.(*ast.SelectorExpr)
+				if !ok || f.Sel.Name != "Getenv" && f.Sel.Name != "LookupEnv" || len(n.Args) != 1 {
+					break
+				}
+				if arg, ok := n.Args[0].(*ast.BasicLit); ok {
+					if name, err := strconv.Unquote(arg.Value); err == nil {
+						read[name] = true
+					}
+				}
+			}
+			return true
+		})
+	}
+	if !read["INSTAR_SANDBOX"] || !read["SOURCE_DATE_EPOCH"] {
+		t.Errorf("found only %v", slices.Sorted(maps.Keys(read)))
+	}
+	for name := range read {
+		if !strings.Contains(section, ".B "+name+"\n") {
+			t.Errorf("packaging/share: %s is not in the manual page's ENVIRONMENT", name)
+		}
+	}
+}
+
+// variable matches the names of instar's own environment variables.
+var variable = regexp.MustCompile(`^INSTAR_[A-Z_]+$`)
