@@ -103,16 +103,23 @@ func (a *app) logf(format string, args ...any) {
 	}
 }
 
-// logger returns where plugins' logs go: nowhere, unless -v or INSTAR_LOG asks.
-func (a *app) logger() hclog.Logger {
-	level := hclog.LevelFromString(os.Getenv("INSTAR_LOG"))
-	if level == hclog.NoLevel && a.verbose {
+// logVariable sets the level of what plugins log.
+const logVariable = "INSTAR_LOG"
+
+// logger returns where plugins' logs go: nowhere (nil), unless -v or INSTAR_LOG
+// asks.
+func (a *app) logger() (hclog.Logger, error) {
+	v := os.Getenv(logVariable)
+	level := hclog.LevelFromString(v)
+	switch {
+	case v != "" && level == hclog.NoLevel:
+		return nil, fmt.Errorf("%s=%q: accepted are trace, debug, info, warn, error and off", logVariable, v)
+	case level == hclog.NoLevel && a.verbose:
 		level = hclog.Info
+	case level == hclog.NoLevel:
+		return nil, nil //nolint:nilnil // see above
 	}
-	if level == hclog.NoLevel {
-		return nil
-	}
-	return hclog.New(&hclog.LoggerOptions{Name: a.name, Output: escaped{a.err}, Level: level})
+	return hclog.New(&hclog.LoggerOptions{Name: a.name, Output: escaped{a.err}, Level: level}), nil
 }
 
 // escaped takes what plugins log, which is no more to be trusted than what they
@@ -221,7 +228,11 @@ func (a *app) session() (*session.Session, error) {
 	for _, r := range plugins.Refused() {
 		a.logf("%v", r)
 	}
-	a.current = session.New(plugins, launch.Options{Logger: a.logger(), Limits: a.limits})
+	logger, err := a.logger()
+	if err != nil {
+		return nil, err
+	}
+	a.current = session.New(plugins, launch.Options{Logger: logger, Limits: a.limits})
 	a.current.Bounds = a.policy.bounds()
 	return a.current, nil
 }

@@ -10,8 +10,13 @@ import (
 func TestLogsAreEscaped(t *testing.T) {
 	var out bytes.Buffer
 	a := &app{name: "instar", err: &out, verbose: true}
-	a.logger().Warn("title \x1b]0;owned\x07", "key", "a\x1b[2Jb")
-	a.logger().Warn("two\nlines")
+	t.Setenv(logVariable, "")
+	logger, err := a.logger()
+	if err != nil {
+		t.Fatal(err)
+	}
+	logger.Warn("title \x1b]0;owned\x07", "key", "a\x1b[2Jb")
+	logger.Warn("two\nlines")
 	text := out.String()
 	if strings.ContainsAny(text, "\x1b\x07") {
 		t.Errorf("%q", text)

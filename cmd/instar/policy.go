@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"runtime"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -62,12 +63,36 @@ func (p *policyFlags) register(flags *pflag.FlagSet, verb kind) {
 	p.environment = err
 	flags.BoolVar(&p.untrusted, "untrusted", on, "follow no reference, refuse ambiguous content, limit memory and time ("+untrustedVariable+"=1)")
 	flags.StringVar(&p.maxMemory, "max-memory", "", "memory that each plugin may use (256M where --untrusted)")
-	flags.DurationVar(&p.timeout, "timeout", 0, "time after which the command ends with an error (2m for metadata where --untrusted)")
-	flags.DurationVar(&p.idle, "idle-timeout", 0, "time for which a plugin may leave a request unanswered (5m where --untrusted)")
+	flags.Var((*timeFlag)(&p.timeout), "timeout", "time after which the command ends with an error (2m for metadata where --untrusted)")
+	flags.Var((*timeFlag)(&p.idle), "idle-timeout", "time for which a plugin may leave a request unanswered (5m where --untrusted)")
 	if verb == writes {
 		flags.StringVar(&p.maxOutput, "max-output", "", "virtual size that the output may have")
 	}
 }
+
+// timeFlag is a span of time: seconds, or what has units (2m, 1h30m).
+type timeFlag time.Duration
+
+func (f *timeFlag) Set(s string) error {
+	if strings.Trim(s, "0123456789.") == "" {
+		s += "s"
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil || d <= 0 {
+		return errors.New("a time above 0 is accepted, in seconds or with a unit (30, 90s, 2m, 1h)")
+	}
+	*f = timeFlag(d)
+	return nil
+}
+
+func (f *timeFlag) String() string {
+	if *f == 0 {
+		return ""
+	}
+	return time.Duration(*f).String()
+}
+
+func (f *timeFlag) Type() string { return "TIME" }
 
 // envBool reports whether an environment variable says yes. What is neither yes
 // nor no is an error: it must not pass for no.

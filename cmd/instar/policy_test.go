@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"io"
+	"strings"
 	"testing"
 	"time"
 )
@@ -23,6 +24,7 @@ func TestUntrustedIsBounded(t *testing.T) {
 		{[]string{"info", "--untrusted", missing}, true, untrustedCPUSeconds, untrustedIdle},
 		{[]string{"info", missing}, false, 0, 0},
 		{[]string{"info", "--timeout=1h", missing}, true, 0, 0},
+		{[]string{"info", "--timeout=300", "--idle-timeout=1.5", missing}, true, 0, 1500 * time.Millisecond},
 		{[]string{"convert", "--untrusted", missing, missing}, false, 0, untrustedIdle},
 		{[]string{"compare", "--untrusted", missing, missing}, false, 0, untrustedIdle},
 		{[]string{"convert", missing, missing}, false, 0, 0},
@@ -44,6 +46,26 @@ func TestUntrustedIsBounded(t *testing.T) {
 		}
 		if a.limits.CPUSeconds != x.cpu || a.policy.bounds().Idle != x.idle {
 			t.Errorf("%q: %d s of processor time, idle for %v; want %d and %v", x.args, a.limits.CPUSeconds, a.policy.bounds().Idle, x.cpu, x.idle)
+		}
+	}
+}
+
+// Times are seconds or have a unit, and none is so short that it means nothing.
+func TestTimes(t *testing.T) {
+	for _, x := range []struct {
+		s    string
+		want time.Duration
+	}{
+		{"5", 5 * time.Second}, {"0.5", 500 * time.Millisecond}, {"5s", 5 * time.Second}, {"2m", 2 * time.Minute}, {"1h30m", 90 * time.Minute},
+		{"", 0}, {"0", 0}, {"0s", 0}, {"-1", 0}, {"-5s", 0}, {"soon", 0}, {"5 s", 0}, {"1h30", 0}, {"1.2.3", 0}, {".", 0}, {"99999999999999", 0},
+	} {
+		var f timeFlag
+		err := f.Set(x.s)
+		if time.Duration(f) != x.want || (err == nil) != (x.want > 0) {
+			t.Errorf("%q: %v, %v; want %v", x.s, time.Duration(f), err, x.want)
+		}
+		if err != nil && !strings.Contains(err.Error(), "30, 90s, 2m, 1h") {
+			t.Errorf("%q: %v does not say what is accepted", x.s, err)
 		}
 	}
 }

@@ -111,7 +111,7 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 			sdk.Protocol: {}, // what it serves is no business of go-plugin's
 		},
 		AllowedProtocols: []plugin.Protocol{plugin.ProtocolGRPC},
-		Logger:           o.Logger,
+		Logger:           frame{o.Logger},
 		Stderr:           o.Stderr,
 		SkipHostEnv:      true,
 		StartTimeout:     o.StartTimeout,
@@ -136,6 +136,13 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 	}
 	return proc, nil
 }
+
+// frame is the logger of go-plugin itself, which reports the end of each process
+// as if that were news. What plugins log goes to loggers that it has named after
+// them.
+type frame struct{ hclog.Logger }
+
+func (f frame) Info(msg string, args ...any) { f.Debug(msg, args...) }
 
 func checkSandbox(o Options) error {
 	mode, err := child.SandboxMode(o.Require)
