@@ -38,7 +38,7 @@ func qemuOptions(verb string) verbOptions {
 				"quiet": "quiet", "source-format": "format", "source-image-opts": "image-opts", "source-snapshot": "snapshot",
 				"source-cache": "source-cache", "target-format": "target-format", "target-options": "options",
 				"target-cache": "cache", "compress": "compress", "backing": "target-backing", "backing-format": "backing-format",
-				"no-create": "no-create", "sparse-size": "sparse-size", "rate": "rate-limit", "parallel": "coroutines",
+				"no-create": "no-create", "progress": "progress", "sparse-size": "sparse-size", "rate": "rate-limit", "parallel": "coroutines",
 				"copy-range-offloading": "offload", "oob-writes": "out-of-order",
 			},
 		}
@@ -129,7 +129,7 @@ func scan(cmd *cobra.Command, verb string, args []string, first bool) (flags, op
 			operands = append(operands, arg)
 			continue
 		case strings.HasPrefix(arg, "--"):
-			used, want, err = longFlag(cmd, verb, arg)
+			used, want, err = longFlag(cmd, verb, arg, args[i+1:])
 		default:
 			used, want, err = shortFlags(cmd, arg)
 		}
@@ -148,8 +148,15 @@ func scan(cmd *cobra.Command, verb string, args []string, first bool) (flags, op
 	return flags, operands, nil
 }
 
-// longFlag reads --NAME or --NAME=VALUE.
-func longFlag(cmd *cobra.Command, verb, arg string) (used []string, want string, err error) {
+// optionalValue is a flag that can do without a value. getopt_long knows values
+// of such only behind =; this one also takes the next argument, where that is one
+// of its values.
+type optionalValue interface {
+	accepts(value string) bool
+}
+
+// longFlag reads --NAME or --NAME=VALUE, which next follows.
+func longFlag(cmd *cobra.Command, verb, arg string, next []string) (used []string, want string, err error) {
 	name, value, valued := strings.Cut(arg[2:], "=")
 	flag, err := findFlag(cmd, verb, name, arg)
 	if err != nil {
@@ -161,6 +168,9 @@ func longFlag(cmd *cobra.Command, verb, arg string) (used []string, want string,
 	case valued:
 		return []string{"--" + flag.Name + "=" + value}, "", nil
 	case flag.NoOptDefVal != "":
+		if v, ok := flag.Value.(optionalValue); ok && len(next) > 0 && v.accepts(next[0]) {
+			return nil, flag.Name, nil
+		}
 		return []string{"--" + flag.Name}, "", nil
 	}
 	return nil, flag.Name, nil

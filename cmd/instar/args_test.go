@@ -16,6 +16,13 @@ func TestNormalise(t *testing.T) {
 		"create --extended-l2 --cluster-size 4k a": "create --extended-l2 --cluster-size=4k -- a",
 		"convert --rate 1M --par 2 a b":            "convert --rate-limit=1M --coroutines=2 -- a b",
 		"convert --b a b":                          "convert --bitmaps -- a b", // 10.0: ambiguous
+		"convert -p json b":                        "convert --progress -- json b",
+		"convert --progress json a b":              "convert --progress=json -- a b",
+		"convert --progress=json a b":              "convert --progress=json -- a b",
+		"convert --progress a b":                   "convert --progress -- a b",
+		"convert --progress ./json b":              "convert --progress -- ./json b",
+		"convert --prog json a b":                  "convert --progress=json -- a b",
+		"convert a b --progress":                   "convert --progress -- a b",
 		"dd -f raw if=a of=b":                      "dd --format=raw -- if=a of=b",
 		"-T x map a":                               "map -- a",
 		"--vers info a":                            "--version",

@@ -31,8 +31,7 @@ type convertFlags struct {
 	options       []string
 	keys          keyFlags
 	compress      bool
-	progress      bool
-	progressForm  string
+	progress      progressFlag
 	quiet         bool
 	inPlace       bool
 	snapshot      string
@@ -85,8 +84,7 @@ data on standard output. The output appears under its name when it is complete.`
 	flags.StringVarP(&f.backingFormat, "backing-format", "F", "", "format of the backing file")
 	flags.StringArrayVarP(&f.options, "options", "o", nil, "format options KEY=VALUE,... (help lists them)")
 	flags.BoolVarP(&f.compress, "compress", "c", false, "compress the output")
-	flags.BoolVarP(&f.progress, "progress-lines", "p", false, "show progress")
-	flags.StringVar(&f.progressForm, "progress", "", "json: a line a second of what is done")
+	flags.VarPF(&f.progress, "progress", "p", "show progress: text, or json, a line a second of what is done").NoOptDefVal = progressText
 	flags.BoolVarP(&f.quiet, "quiet", "q", false, "print errors alone")
 	flags.BoolVarP(&f.inPlace, "no-create", "n", false, "write into an output that exists")
 	flags.StringVarP(&f.snapshot, "snapshot", "l", "", "internal snapshot of the source: id, name, or snapshot.id=ID,snapshot.name=NAME")
@@ -280,9 +278,7 @@ func (a *app) convert(ctx context.Context, f *convertFlags, args []string) error
 	if output == standardStream {
 		out = a.err
 	}
-	if a.meter, err = a.newMeter(ctx, out, f.progress, f.quiet, f.progressForm); err != nil {
-		return err
-	}
+	a.meter = a.newMeter(ctx, out, f.progress, f.quiet)
 	err = a.convertImages(ctx, f, to, args[:len(args)-1], output, fromO, opts)
 	a.meter.Close(err == nil)
 	if err != nil {

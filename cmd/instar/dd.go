@@ -148,9 +148,7 @@ func (a *app) dd(ctx context.Context, f *ddFlags, args []string) (err error) {
 		to.size = strconv.FormatInt(d.isize, 10)
 	}
 	// Nothing is shown, but SIGUSR1 is answered, as by dd.
-	if a.meter, err = a.newMeter(ctx, a.err, false, false, ""); err != nil {
-		return err
-	}
+	a.meter = a.newMeter(ctx, a.err, "", false)
 	defer func() { a.meter.Close(err == nil) }()
 	chain, err := a.openConvertSource(ctx, to, d.input)
 	if err != nil {

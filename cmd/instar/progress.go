@@ -7,6 +7,8 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -27,18 +29,40 @@ type meter interface {
 	Close(ok bool)
 }
 
-// newMeter returns what -p and --progress ask for: a bar on a terminal,
-// qemu-img's lines elsewhere, JSON lines, or nothing. Whatever it is, SIGUSR1
-// prints a line to standard error, as it does with qemu-img.
-func (a *app) newMeter(ctx context.Context, out io.Writer, lines, quiet bool, form string) (meter, error) {
+// progressFlag is the form in which progress is shown; empty: not at all.
+type progressFlag string
+
+// The forms: a bar on a terminal and qemu-img's lines elsewhere, or lines of JSON.
+const (
+	progressText = "text"
+	progressJSON = "json"
+)
+
+var progressForms = []string{progressText, progressJSON}
+
+func (f *progressFlag) Set(s string) error {
+	if !f.accepts(s) {
+		return fmt.Errorf("%s are accepted", strings.Join(progressForms, " and "))
+	}
+	if *f != progressJSON { // -p takes nothing back
+		*f = progressFlag(s)
+	}
+	return nil
+}
+
+func (f *progressFlag) String() string        { return string(*f) }
+func (f *progressFlag) Type() string          { return "FORM" }
+func (f *progressFlag) accepts(s string) bool { return slices.Contains(progressForms, s) }
+
+// newMeter returns what -p and --progress ask for, or what shows nothing.
+// Whatever it is, SIGUSR1 prints a line to standard error, as it does with
+// qemu-img.
+func (a *app) newMeter(ctx context.Context, out io.Writer, form progressFlag, quiet bool) meter {
 	var shown meter
 	switch {
-	case form != "" && form != "json":
-		return nil, usagef("--progress %s: json is accepted", form)
-	case quiet:
-	case form == "json":
+	case quiet || form == "":
+	case form == progressJSON:
 		shown = newJSONMeter(ctx, out)
-	case !lines:
 	default:
 		if f, ok := out.(*standardOutput); ok && a.terminal() {
 			shown = &barMeter{out: f.File}
@@ -46,7 +70,7 @@ func (a *app) newMeter(ctx context.Context, out io.Writer, lines, quiet bool, fo
 			shown = &lineMeter{out: out}
 		}
 	}
-	return newSignalMeter(a.err, shown), nil
+	return newSignalMeter(a.err, shown)
 }
 
 // fetch brings what is behind a URL into a file.
