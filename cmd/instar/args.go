@@ -94,10 +94,12 @@ func normalise(root *cobra.Command, args []string) ([]string, error) {
 			return []string{ends}, nil
 		}
 	}
+	known := slices.Contains([]string{"help", "completion", cobra.ShellCompRequestCmd, cobra.ShellCompNoDescRequestCmd}, rest[0]) // cobra's own
 	for _, verb := range root.Commands() {
 		if verb.Name() != rest[0] {
 			continue
 		}
+		known = true
 		if verb.HasSubCommands() {
 			break
 		}
@@ -108,6 +110,9 @@ func normalise(root *cobra.Command, args []string) ([]string, error) {
 		}
 		before = slices.DeleteFunc(before, func(s string) bool { return strings.HasPrefix(s, "--trace=") })
 		return slices.Concat([]string{rest[0]}, before, flags, []string{"--"}, operands), nil
+	}
+	if !known {
+		rest = rest[:1] // that there is no such command is what matters
 	}
 	return append(before, rest...), nil
 }

@@ -28,6 +28,7 @@ func TestNormalise(t *testing.T) {
 		"--vers info a":                            "--version",
 		"plugin info qcow2":                        "plugin info qcow2",
 		"__complete info --form":                   "__complete info --form",
+		"snapshot -c one a":                        "snapshot",
 	} {
 		a := &app{name: "instar", out: io.Discard, err: io.Discard}
 		got, err := normalise(a.rootCommand(), strings.Fields(line))
