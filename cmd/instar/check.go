@@ -56,6 +56,9 @@ the gravest: 2, 1, 3, 63.`,
 	flags.StringVarP(&f.cache, "cache", "T", "writeback", "cache mode: none, directsync, writeback, writethrough or unsafe")
 	f.objects = objectsFlag(flags)
 	a.completeFormats(cmd, "format")
+	completeValues(cmd, "output", resultForms...)
+	completeValues(cmd, "repair", "leaks", "all")
+	completeValues(cmd, "cache", cacheModes...)
 	return cmd
 }
 

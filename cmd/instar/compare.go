@@ -56,6 +56,7 @@ its data lies could not be told; 4 it could not be read.`,
 	flags.StringVarP(&f.cache, "source-cache", "T", "writeback", "cache mode: none, directsync, writeback, writethrough or unsafe")
 	f.objects = objectsFlag(flags)
 	a.completeFormats(cmd, "format", "second-format")
+	completeValues(cmd, "source-cache", cacheModes...)
 	return cmd
 }
 

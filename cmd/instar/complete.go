@@ -25,6 +25,26 @@ func (a *app) completeFormats(cmd *cobra.Command, flags ...string) {
 	}
 }
 
+// completeValues completes a flag with the values it takes.
+func completeValues(cmd *cobra.Command, flag string, values ...string) {
+	must(cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)))
+}
+
+// completeList completes the last of a flag's values separated by commas. Each may
+// have a description behind a tab.
+func completeList(cmd *cobra.Command, flag string, values func() []string) {
+	must(cmd.RegisterFlagCompletionFunc(flag, func(_ *cobra.Command, _ []string, typed string) ([]string, cobra.ShellCompDirective) {
+		done := typed[:strings.LastIndexByte(typed, ',')+1]
+		var out []string
+		for _, v := range values() {
+			if v = done + v; strings.HasPrefix(v, typed) {
+				out = append(out, v)
+			}
+		}
+		return out, cobra.ShellCompDirectiveNoFileComp
+	}))
+}
+
 // completeOptions completes the keys and values of -o from the schema of the
 // format that a flag names.
 func (a *app) completeOptions(cmd *cobra.Command, nameFlag string) {

@@ -108,6 +108,17 @@ data on standard output. The output appears under its name when it is complete.`
 	f.keys.register(flags)
 	a.completeFormats(cmd, "format", "target-format", "backing-format")
 	a.completeOptions(cmd, "target-format")
+	completeValues(cmd, "progress", progressForms...)
+	completeValues(cmd, "digest", "sha256")
+	completeValues(cmd, "cache", cacheModes...)
+	completeValues(cmd, "source-cache", cacheModes...)
+	must(cmd.RegisterFlagCompletionFunc("for", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		names, err := platform.Names()
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveError
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	}))
 	return cmd
 }
 

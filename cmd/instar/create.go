@@ -64,6 +64,7 @@ and -F. Without SIZE the backing file's size is used.`,
 	f.keys.register(flags)
 	a.completeFormats(cmd, "format", "backing-format")
 	a.completeOptions(cmd, "format")
+	completeValues(cmd, "output", "human", "json")
 	return cmd
 }
 

@@ -37,6 +37,9 @@ func (a *app) infoCommand() *cobra.Command {
 	flags.BoolVarP(&f.chain, "backing-chain", "b", false, "describe the backing files too")
 	f.objects = objectsFlag(flags)
 	registerLayout(flags, &f.layout)
+	a.completeFormats(cmd, "format")
+	completeValues(cmd, "output", resultForms...)
+	completeValues(cmd, "qemu-version", "7.2", "10.0")
 	return cmd
 }
 

@@ -27,7 +27,7 @@ type inspectFlags struct {
 func (a *app) inspectCommand() *cobra.Command {
 	var f inspectFlags
 	cmd := &cobra.Command{
-		Use:   "inspect [-f FMT] [--allow RULE]... [--output human|json] FILENAME",
+		Use:   "inspect [-f FMT] [--allow RULE,...]... [--output human|json] FILENAME",
 		Short: "Judge whether an image from a stranger is safe to use",
 		Long: `Judge whether an image from a stranger is safe to use. Nothing that it refers
 to is opened. Exit code 0: no rule is broken; 1: one is, or the command failed.
@@ -40,16 +40,16 @@ the one as which it is judged.`,
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	flags.VarP(&f.format, "format", "f", "format that the image must have")
-	flags.StringArrayVar(&f.allow, "allow", nil, "rule that may be broken (help lists them)")
+	flags.StringArrayVar(&f.allow, "allow", nil, "rules that may be broken, RULE,... (help lists them)")
 	flags.StringVar(&f.output, "output", "human", "form of the result: human or json")
 	a.completeFormats(cmd, "format")
-	must(cmd.RegisterFlagCompletionFunc("allow", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-		var names []string
+	completeValues(cmd, "output", "human", "json")
+	completeList(cmd, "allow", func() (names []string) {
 		for _, r := range a.rules() {
 			names = append(names, r.Name+"\t"+r.Meaning)
 		}
-		return names, cobra.ShellCompDirectiveNoFileComp
-	}))
+		return names
+	})
 	// The formats' rules are known only when their manifests have been read.
 	help := cmd.HelpFunc()
 	cmd.SetHelpFunc(func(cmd *cobra.Command, args []string) {
@@ -84,7 +84,11 @@ func (a *app) inspect(ctx context.Context, f *inspectFlags, args []string) error
 	if f.output != "human" && f.output != "json" {
 		return usagef("--output must be used with human or json as argument.")
 	}
-	if slices.Contains(f.allow, "help") {
+	var allow []string
+	for _, rules := range f.allow {
+		allow = append(allow, strings.Split(rules, ",")...)
+	}
+	if slices.Contains(allow, "help") {
 		fmt.Fprint(a.out, rulesText(a.rules()))
 		return nil
 	}
@@ -100,7 +104,7 @@ func (a *app) inspect(ctx context.Context, f *inspectFlags, args []string) error
 		return err
 	}
 	opener.Gate, opener.Warn = &gate.Policy{Untrusted: true}, nil
-	v, err := inspect.Image(ctx, opener, inspect.Request{Path: args[0], Format: format, Allow: f.allow})
+	v, err := inspect.Image(ctx, opener, inspect.Request{Path: args[0], Format: format, Allow: allow})
 	if err != nil {
 		return err
 	}

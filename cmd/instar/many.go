@@ -96,16 +96,18 @@ type results struct {
 	printed bool
 }
 
+// resultForms are the values of --output of a verb that takes many images.
+var resultForms = []string{"human", "json", "ndjson"}
+
 // errOutput has qemu-img's words.
 var errOutput = errors.New("--output must be used with human or json as argument.")
 
 // checkResults checks --output of a verb that takes many images.
 func (a *app) checkResults(output string, names int) (*results, error) {
-	switch output {
-	case "human", "json", "ndjson":
-		return &results{app: a, output: output, many: names > 1 || output == "ndjson"}, nil
+	if !slices.Contains(resultForms, output) {
+		return nil, errOutput
 	}
-	return nil, errOutput
+	return &results{app: a, output: output, many: names > 1 || output == "ndjson"}, nil
 }
 
 // add prints the result for one image, in the form asked for. text begins with

@@ -41,6 +41,8 @@ func (a *app) mapCommand() *cobra.Command {
 	f.objects = objectsFlag(flags)
 	registerLayout(flags, &f.layout)
 	a.completeFormats(cmd, "format")
+	completeValues(cmd, "output", "human", "json", "svg", "heat")
+	completeValues(cmd, "qemu-version", "7.2", "10.0")
 	return cmd
 }
 

@@ -46,6 +46,8 @@ func (a *app) measureCommand() *cobra.Command {
 	flags.StringVar(&f.output, "output", "human", "form of the result: human, json, or ndjson (a line for each image)")
 	f.keys.register(flags)
 	a.completeFormats(cmd, "format", "target-format")
+	a.completeOptions(cmd, "target-format")
+	completeValues(cmd, "output", resultForms...)
 	return cmd
 }
 

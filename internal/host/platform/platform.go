@@ -53,14 +53,26 @@ func ByName(name string) (*Platform, error) {
 	if err != nil {
 		return nil, err
 	}
-	var names []string
 	for i := range all {
 		if all[i].Name == name {
 			return &all[i], nil
 		}
-		names = append(names, all[i].Name)
 	}
-	return nil, fmt.Errorf("unknown platform %q (known: %s)", name, strings.Join(names, ", "))
+	return nil, fmt.Errorf("unknown platform %q (known: %s)", name, strings.Join(names(all), ", "))
+}
+
+// Names returns the names of the platforms.
+func Names() ([]string, error) {
+	all, err := All()
+	return names(all), err
+}
+
+func names(all []Platform) []string {
+	list := make([]string, len(all))
+	for i := range all {
+		list[i] = all[i].Name
+	}
+	return list
 }
 
 // RoundSize returns a virtual size that the platform takes.
