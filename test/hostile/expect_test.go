@@ -5,7 +5,6 @@ package hostile
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -14,54 +13,25 @@ import (
 	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/instar-img/instar/sdk/formattest"
+	"github.com/instar-img/instar/test/terminal"
 )
 
 // onTerminal runs instar with a terminal for its output and returns what that
 // got.
 func onTerminal(t testing.TB, dir string, env []string, args ...string) string {
 	t.Helper()
-	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Skipf("no terminals here: %v", err)
-	}
-	defer master.Close()
-	var name string
-	if err := func() error {
-		fd := int(master.Fd())
-		if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
-			return err
-		}
-		n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-		name = fmt.Sprint("/dev/pts/", n)
-		return err
-	}(); err != nil {
-		t.Fatal(err)
-	}
-	slave, err := os.OpenFile(name, os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Without this the terminal itself makes a carriage return of each newline.
-	if mode, err := unix.IoctlGetTermios(int(slave.Fd()), unix.TCGETS); err == nil {
-		mode.Oflag &^= unix.OPOST
-		err = unix.IoctlSetTermios(int(slave.Fd()), unix.TCSETS, mode)
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	screen, tty := terminal.Open(t)
 	cmd := exec.Command(program(t, "instar"), args...)
 	cmd.Dir, cmd.Env = dir, append(os.Environ(), env...)
-	cmd.Stdout, cmd.Stderr = slave, slave
+	cmd.Stdout, cmd.Stderr = tty, tty
 	got := make(chan string)
 	go func() {
-		b, _ := io.ReadAll(io.LimitReader(master, maxOutput)) // ends with an error when nobody has the terminal
+		b, _ := io.ReadAll(io.LimitReader(screen, maxOutput)) // ends with an error when nobody has the terminal
 		got <- string(b)
 	}()
-	err = cmd.Run()
-	slave.Close()
+	err := cmd.Run()
+	tty.Close()
 	if exit := new(exec.ExitError); err != nil && !errors.As(err, &exit) {
 		t.Fatal(err)
 	}

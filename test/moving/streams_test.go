@@ -19,7 +19,7 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/instar-img/instar/test/terminal"
 )
 
 // TestInterruptedPipe ends a run that waits for standard input, which nobody
@@ -164,28 +164,13 @@ func TestUserSignalWaiting(t *testing.T) {
 // a while where it is not 0, and returns what the terminal showed.
 func onTerminal(t *testing.T, dir string, sig syscall.Signal, args ...string) string {
 	t.Helper()
-	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Skipf("no terminal can be made here: %v", err)
-	}
-	defer master.Close()
-	if err := unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0); err != nil {
-		t.Fatal(err)
-	}
-	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
-	if err != nil {
-		t.Fatal(err)
-	}
-	slave, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	screen, tty := terminal.Open(t)
 	cmd := exec.Command(instar(t), args...)
-	cmd.Dir, cmd.Stdout = dir, slave
+	cmd.Dir, cmd.Stdout = dir, tty
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	slave.Close()
+	tty.Close()
 	if sig != 0 {
 		time.Sleep(time.Second)
 		if err := cmd.Process.Signal(sig); err != nil {
@@ -193,7 +178,7 @@ func onTerminal(t *testing.T, dir string, sig syscall.Signal, args ...string) st
 		}
 	}
 	var shown bytes.Buffer
-	_, _ = io.Copy(&shown, master) // ends with EIO
+	_, _ = io.Copy(&shown, screen) // ends with EIO
 	if err := cmd.Wait(); (err == nil) != (sig == 0) {
 		t.Errorf("instar %q: %v", args, err)
 	}
