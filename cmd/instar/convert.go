@@ -438,19 +438,18 @@ func (a *app) convertToFile(ctx context.Context, f *convertFlags, to *platform.P
 		return f.failed(output, plugin.Manifest.Name, &errno.Error{Text: "Could not create ''", Err: syscall.ENOENT})
 	}
 	schema := format.Describe().Create
-	settings := append([]option.Setting(nil), f.keys.settings...)
+	var settings []option.Setting // what flags and -o say wins
 	if to != nil {
-		given, _, err := option.Split(to.Options)
-		if err != nil {
+		if settings, _, err = option.Split(to.Options); err != nil {
 			return err
 		}
-		settings = append(settings, given...)
 		size, err := to.RoundSize(source.Size)
 		if err != nil {
 			return err
 		}
 		source = copier.Pad(source, size)
 	}
+	settings = append(settings, f.keys.settings...)
 	for _, x := range []struct{ key, value string }{{keyBackingFile, f.backing}, {keyBackingFormat, f.backingFormat}} {
 		if x.value == "" {
 			continue

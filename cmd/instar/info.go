@@ -26,7 +26,7 @@ type infoFlags struct {
 func (a *app) infoCommand() *cobra.Command {
 	var f infoFlags
 	cmd := &cobra.Command{
-		Use:   "info [-f FMT] [--output human|json] [--backing-chain] [-U] FILENAME...",
+		Use:   "info [-f FMT] [--output human|json|ndjson] [--backing-chain] [-U] FILENAME...",
 		Short: "Describe a disk image",
 		RunE:  func(cmd *cobra.Command, args []string) error { return a.info(cmd.Context(), &f, args) },
 	}

@@ -31,7 +31,7 @@ type measureFlags struct {
 func (a *app) measureCommand() *cobra.Command {
 	var f measureFlags
 	cmd := &cobra.Command{
-		Use:   "measure [-O FMT] [-o KEY=VAL,...]... [--size N | [-f FMT] [-l SNAPSHOT] FILENAME...]",
+		Use:   "measure [-O FMT] [-o KEY=VAL,...]... [--size N | [-f FMT] [-l SNAPSHOT] FILENAME...] [--output human|json|ndjson]",
 		Short: "Compute the file size of an image before it is made",
 		RunE:  func(cmd *cobra.Command, args []string) error { return a.measure(cmd.Context(), &f, args) },
 	}

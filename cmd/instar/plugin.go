@@ -13,14 +13,28 @@ import (
 )
 
 func (a *app) pluginCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "plugin", Short: "Show the format plugins"}
+	cmd := &cobra.Command{
+		Use: "plugin", Short: "Show the format plugins",
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usagef("Command not found: plugin %s", args[0])
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
 	cmd.AddCommand(
 		&cobra.Command{
 			Use: "list", Short: "List the plugins found, and the sandbox they run in", Args: cobra.NoArgs,
 			RunE: func(*cobra.Command, []string) error { return a.pluginList() },
 		},
 		&cobra.Command{
-			Use: "info NAME", Short: "Show what a plugin says of itself", Args: cobra.ExactArgs(1),
+			Use: "info NAME", Short: "Show what a plugin says of itself", Args: func(_ *cobra.Command, args []string) error {
+				if len(args) != 1 {
+					return usagef("Expecting one format name")
+				}
+				return nil
+			},
 			RunE: func(cmd *cobra.Command, args []string) error { return a.pluginInfo(cmd, args[0]) },
 		},
 	)
