@@ -111,10 +111,16 @@ type Manifest struct {
 	Rules []Rule `json:"rules,omitempty"`
 	// BackingFormats are the formats a backing file may have; empty means any.
 	BackingFormats []string `json:"backing-formats,omitempty"`
+	// Connection is ConnectionInherited where the program takes the connection that
+	// it inherits. Package serve sets it.
+	Connection string `json:"connection,omitempty"`
 	// RuntimeRoots are directories a plugin that is not one static binary must
 	// read and execute from (an interpreter's, say).
 	RuntimeRoots []string `json:"runtime-roots,omitempty"`
 }
+
+// ConnectionInherited is a Manifest.Connection: see handshake.ConnectionKey.
+const ConnectionInherited = "inherited"
 
 // Has reports whether the manifest lists a capability.
 func (m *Manifest) Has(capability string) bool {

@@ -26,7 +26,7 @@ func OverWire(t testing.TB, format sdk.Format) sdk.Format {
 	listener := bufconn.Listen(1 << 20)
 	desk := &ticketDesk{files: map[uint32]*os.File{}}
 	srv := grpc.NewServer()
-	pb.RegisterFormatServiceServer(srv, server.New(format, desk))
+	pb.RegisterFormatServiceServer(srv, server.New(format, desk, ""))
 	served := make(chan struct{})
 	go func() {
 		defer close(served)

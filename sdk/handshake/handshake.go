@@ -19,6 +19,12 @@ const (
 	// files. Its end of file means that the core is gone.
 	DescriptorFD = 3
 
+	// ConnectionKey is the environment variable that is set where the plugin
+	// inherits its connection to the core as ConnectionFD: a stream socket on which
+	// it serves gRPC at once, and says nothing on stdout. Else it listens.
+	ConnectionKey = "INSTAR_CONNECTION"
+	ConnectionFD  = 4
+
 	// LogLevelKey is the environment variable with the level, in hclog's words,
 	// below which a plugin need not log. Unset means off.
 	LogLevelKey = "INSTAR_LOG"

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 
 	"github.com/hashicorp/go-hclog"
 	"google.golang.org/grpc"
@@ -56,32 +57,66 @@ func Main(format sdk.Format) {
 	}
 }
 
-// run listens, takes the second lock, tells the core where it listens, and
-// serves until the program ends.
-//
-// This is what go-plugin's server does too, which the core's go-plugin client
+// run takes the second lock and serves until the program ends, on the connection
+// that it inherits. Where there is none it listens, and tells the core where:
+// that is what go-plugin's server does too, which the core's go-plugin client
 // cannot tell apart. That one would add services that nobody calls (reflection,
 // a broker, redirected output) and net/rpc: 5 MB in each plugin, and a
 // millisecond of initialisation in each command.
 func run(format sdk.Format, files *descriptor.Receiver, logger hclog.Logger) error {
-	listener, err := net.Listen("unix", filepath.Join(os.Getenv(handshake.SocketDirKey), "plugin"))
+	inherits := os.Getenv(handshake.ConnectionKey) != ""
+	var listener net.Listener
+	var err error
+	if inherits {
+		listener, err = inherit()
+	} else {
+		listener, err = net.Listen("unix", filepath.Join(os.Getenv(handshake.SocketDirKey), "plugin"))
+	}
 	if err != nil {
 		return err
 	}
 	s := grpc.NewServer(grpc.MaxRecvMsgSize(maxRequest),
 		grpc.StaticStreamWindowSize(windowSize), grpc.StaticConnWindowSize(windowSize))
-	pb.RegisterFormatServiceServer(s, server.New(format, files))
-	if err := lock.Engage(); err != nil {
+	pb.RegisterFormatServiceServer(s, server.New(format, files, sdk.ConnectionInherited))
+	if err := lock.Engage(!inherits); err != nil {
 		if !errors.Is(err, lock.ErrUnavailable) {
 			return fmt.Errorf("second lock: %w", err)
 		}
 		logger.Warn("second lock not available", "error", err)
 	}
-	if _, err := fmt.Fprintf(os.Stdout, "%d|%d|unix|%s|grpc\n", handshake.CoreProtocol, sdk.Protocol, listener.Addr()); err != nil {
-		return err
+	if !inherits {
+		if _, err := fmt.Fprintf(os.Stdout, "%d|%d|unix|%s|grpc\n", handshake.CoreProtocol, sdk.Protocol, listener.Addr()); err != nil {
+			return err
+		}
 	}
 	return s.Serve(listener)
 }
+
+// connected is a listener to which one connection comes, which is there.
+type connected struct {
+	net.Conn
+	taken atomic.Bool
+}
+
+// inherit returns the connection that the core left open for this program.
+func inherit() (net.Listener, error) {
+	f := os.NewFile(handshake.ConnectionFD, "connection")
+	defer f.Close()
+	conn, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("connection: %w", err)
+	}
+	return &connected{Conn: conn}, nil
+}
+
+func (c *connected) Accept() (net.Conn, error) {
+	if c.taken.Swap(true) {
+		select {} // the program ends with the connection
+	}
+	return c.Conn, nil
+}
+
+func (c *connected) Addr() net.Addr { return c.LocalAddr() }
 
 // windowSize is fixed, so that no time goes into estimating it, in bytes.
 const windowSize = 4 << 20
@@ -91,7 +126,9 @@ const windowSize = 4 << 20
 const maxRequest = 16 << 20
 
 func printManifest(format sdk.Format) error {
-	out, err := json.MarshalIndent(format.Describe().Manifest, "", "  ")
+	m := format.Describe().Manifest
+	m.Connection = sdk.ConnectionInherited
+	out, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
 		return err
 	}

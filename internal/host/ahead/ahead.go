@@ -64,7 +64,7 @@ func (s *start) run() {
 	defer close(s.done)
 	m := &s.plugin.Manifest
 	// Where it fails, who needs it will start it, and report.
-	c, err := child.Start(child.Spec{Path: s.plugin.Path, Roots: m.RuntimeRoots, Protocols: []int{sdk.Protocol}})
+	c, err := child.Start(child.Spec{Path: s.plugin.Path, Roots: m.RuntimeRoots, Protocols: []int{sdk.Protocol}, Connected: m.Connection == sdk.ConnectionInherited})
 	if err == nil {
 		s.child = c
 	}

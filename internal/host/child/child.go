@@ -44,6 +44,9 @@ type Spec struct {
 	LogLevel string // for the plugin's logger, empty for off
 	// Protocols are the majors that the core speaks.
 	Protocols []int
+	// Connected programs inherit a connection; the others have a directory in
+	// which they may listen. See handshake.ConnectionKey.
+	Connected bool
 }
 
 // Child is a plugin's process.
@@ -51,15 +54,16 @@ type Child struct {
 	path     string
 	args     []string
 	roots    []string
-	dir      *socketDir
+	dir      *socketDir // nil for a connected program
 	confined bool
 
+	connection     *os.File // nil for others
 	stdout, stderr *teeReader
 	first          firstLine
 	last           tail
 
 	sendMu  sync.Mutex
-	socket  int // our end of the descriptor socket, -1 when closed
+	socket  *os.File // our end of the descriptor socket, nil when closed
 	tickets atomic.Uint32
 
 	done chan struct{} // closed when the process has been waited for
@@ -75,13 +79,20 @@ type Child struct {
 	ranOut bool    // of the memory of its group
 }
 
-// Start runs a program. Its first line on stdout tells where it listens.
+// Start runs a program. Where it is not connected its first line on stdout tells
+// where it listens.
 func Start(spec Spec) (*Child, error) {
 	mode, err := SandboxMode(false)
 	if err != nil {
 		return nil, err
 	}
-	c := &Child{path: spec.Path, args: append([]string{spec.Path}, spec.Args...), roots: spec.Roots, confined: mode != Off, socket: -1, done: make(chan struct{})}
+	c := &Child{path: spec.Path, args: append([]string{spec.Path}, spec.Args...), roots: spec.Roots, confined: mode != Off, done: make(chan struct{})}
+	if spec.Connected {
+		if err := c.start(spec); err != nil {
+			return nil, err
+		}
+		return c, nil
+	}
 	if c.dir, err = newSocketDir(); err != nil {
 		return nil, err
 	}
@@ -102,10 +113,14 @@ func (c *Child) environment(spec Spec) []string {
 	env := []string{
 		handshake.MagicCookieKey + "=" + handshake.MagicCookieValue,
 		"PLUGIN_PROTOCOL_VERSIONS=" + strings.Join(majors, ","),
-		handshake.SocketDirKey + "=" + c.dir.path,
 		// A Go program starts sooner with one processor. Package serve takes the
 		// others when there is work for them.
 		"GOMAXPROCS=1",
+	}
+	if spec.Connected {
+		env = append(env, handshake.ConnectionKey+"=1")
+	} else {
+		env = append(env, handshake.SocketDirKey+"="+c.dir.path)
 	}
 	if spec.LogLevel != "" {
 		env = append(env, handshake.LogLevelKey+"="+spec.LogLevel)
@@ -118,52 +133,72 @@ func (c *Child) environment(spec Spec) []string {
 }
 
 // start runs the program. It returns when it runs, or failed to.
-func (c *Child) start(spec Spec) error {
-	pair, err := socketpair()
-	if err != nil {
-		return fmt.Errorf("descriptor socket: %w", err)
-	}
-	defer unix.Close(pair[1])
+func (c *Child) start(spec Spec) (err error) {
+	var theirs, ours []*os.File
+	defer func() {
+		closeAll(theirs)
+		if err != nil {
+			closeAll(ours)
+		}
+	}()
 	// Opened before the sandbox takes the right to open it away.
 	null, err := os.OpenFile(os.DevNull, os.O_RDONLY, 0)
 	if err != nil {
-		unix.Close(pair[0])
 		return err
 	}
-	defer null.Close()
-	outR, outW, err := os.Pipe()
-	if err != nil {
-		unix.Close(pair[0])
-		return err
+	theirs = append(theirs, null)
+	for range 2 {
+		r, w, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		theirs, ours = append(theirs, w), append(ours, r)
 	}
-	defer outW.Close()
-	errR, errW, err := os.Pipe()
-	if err != nil {
-		unix.Close(pair[0])
-		outR.Close()
-		return err
+	kinds := []func() ([2]int, error){descriptorSockets, streamSockets}
+	if !spec.Connected {
+		kinds = kinds[:1]
 	}
-	defer errW.Close()
+	for _, sockets := range kinds {
+		pair, err := sockets()
+		if err != nil {
+			return fmt.Errorf("sockets: %w", err)
+		}
+		ours = append(ours, os.NewFile(uintptr(pair[0]), "plugin"))
+		theirs = append(theirs, os.NewFile(uintptr(pair[1]), "plugin"))
+	}
 
-	attr := &syscall.ProcAttr{
-		Env:   c.environment(spec),
-		Files: []uintptr{null.Fd(), outW.Fd(), errW.Fd(), uintptr(pair[1])},
-		Sys:   sysProcAttr(),
+	attr := &syscall.ProcAttr{Env: c.environment(spec), Sys: sysProcAttr()}
+	for _, f := range theirs {
+		attr.Files = append(attr.Files, f.Fd())
 	}
 	result := make(chan error)
 	go c.run(attr, result)
 	if err := <-result; err != nil {
-		unix.Close(pair[0])
-		outR.Close()
-		errR.Close()
 		return err
 	}
 	c.last.closed = make(chan struct{})
-	c.stdout = &teeReader{f: outR, w: &c.first}
-	c.stderr = &teeReader{f: errR, w: &c.last, closed: c.last.closed}
-	c.socket = pair[0]
+	c.stdout = &teeReader{f: ours[0], w: &c.first}
+	c.stderr = &teeReader{f: ours[1], w: &c.last, closed: c.last.closed}
+	c.socket = ours[2]
+	if spec.Connected {
+		c.connection = ours[3]
+	}
 	c.SetLimits(spec.Limits)
 	return nil
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}
+
+// Connection is the core's end of the connection of a connected program, the
+// caller's to close. It is there once.
+func (c *Child) Connection() *os.File {
+	f := c.connection
+	c.connection = nil
+	return f
 }
 
 // Stdout is what the program prints.
@@ -173,7 +208,7 @@ func (c *Child) Stdout() io.ReadCloser { return c.stdout }
 // to tell all.
 func (c *Child) Stderr() io.ReadCloser { return c.stderr }
 
-// SocketDir is where the program makes its socket.
+// SocketDir is where a program that is not connected makes its socket.
 func (c *Child) SocketDir() string { return c.dir.path }
 
 // Output runs a program to its end and returns what it printed, at most limit
@@ -214,7 +249,12 @@ func (c *Child) Done() <-chan struct{} { return c.done }
 // for the kernel to be done with it.
 func (c *Child) Remove() {
 	c.Kill()
-	c.dir.remove(c.done)
+	if c.dir != nil {
+		c.dir.remove(c.done)
+	}
+	if f := c.Connection(); f != nil {
+		f.Close()
+	}
 }
 
 // ours are the processes that we started and that have not been waited for.
@@ -278,9 +318,9 @@ func (c *Child) Kill() {
 	}
 	c.mu.Unlock()
 	c.sendMu.Lock()
-	if c.socket >= 0 {
-		unix.Close(c.socket)
-		c.socket = -1
+	if c.socket != nil {
+		c.socket.Close()
+		c.socket = nil
 	}
 	c.sendMu.Unlock()
 }
@@ -313,14 +353,14 @@ func (c *Child) sendFile(ticket uint32, f *os.File) error {
 	binary.LittleEndian.PutUint32(message[:], ticket)
 	c.sendMu.Lock()
 	defer c.sendMu.Unlock()
-	if c.socket < 0 {
+	if c.socket == nil {
 		return os.ErrClosed
 	}
 	deadline := time.Now().Add(sendTimeout)
 	for {
 		var sendErr error
 		if err := raw.Control(func(fd uintptr) {
-			sendErr = unix.Sendmsg(c.socket, message[:], unix.UnixRights(int(fd)), nil, sendFlags)
+			sendErr = unix.Sendmsg(int(c.socket.Fd()), message[:], unix.UnixRights(int(fd)), nil, sendFlags)
 		}); err != nil {
 			return err
 		}

@@ -6,14 +6,19 @@ import (
 	"runtime"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 const sendFlags = unix.MSG_NOSIGNAL | unix.MSG_DONTWAIT
 
-func socketpair() ([2]int, error) {
+func descriptorSockets() ([2]int, error) {
 	return unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+}
+
+func streamSockets() ([2]int, error) {
+	return unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 }
 
 func sysProcAttr() *syscall.SysProcAttr {
@@ -51,6 +56,9 @@ func (c *Child) run(attr *syscall.ProcAttr, result chan<- error) {
 			return
 		}
 	}
+	// The process inherits it. Without, the monitor thread of a Go program wakes
+	// every 70 µs, which takes a tenth of the processor that it runs on.
+	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, uintptr(timerSlack.Nanoseconds()), 0, 0, 0)
 	pid, err := syscall.ForkExec(c.path, c.args, attr)
 	if err != nil {
 		result <- startError(err, c.confined)
@@ -63,6 +71,9 @@ func (c *Child) run(attr *syscall.ProcAttr, result chan<- error) {
 	result <- nil
 	c.wait()
 }
+
+// timerSlack is by how much a plugin's timers may be late.
+const timerSlack = 250 * time.Microsecond
 
 // SetLimits bounds the process from outside. It may have begun to run, which
 // does not matter: what it can have used by now is nothing.

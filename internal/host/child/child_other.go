@@ -11,9 +11,11 @@ import (
 
 const sendFlags = unix.MSG_DONTWAIT
 
-// socketpair is a stream here: each message is read on its own, because the
-// kernel does not join data with different descriptors.
-func socketpair() ([2]int, error) {
+// descriptorSockets are streams here: each message is read on its own, because
+// the kernel does not join data with different descriptors.
+func descriptorSockets() ([2]int, error) { return streamSockets() }
+
+func streamSockets() ([2]int, error) {
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)

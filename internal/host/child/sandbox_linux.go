@@ -37,8 +37,10 @@ func (c *Child) confineFiles() error {
 	if err := rules.Allow(c.path, confine.Execute); err != nil {
 		return err
 	}
-	if err := rules.Allow(c.dir.path, confine.Sockets); err != nil {
-		return err
+	if c.dir != nil {
+		if err := rules.Allow(c.dir.path, confine.Sockets); err != nil {
+			return err
+		}
 	}
 	for _, root := range c.roots {
 		if err := rules.Allow(root, confine.ReadTree); err != nil {

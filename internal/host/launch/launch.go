@@ -14,12 +14,14 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/go-plugin"
 	"github.com/hashicorp/go-plugin/runner"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -102,6 +104,17 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 		return nil, err
 	}
 	proc := &Process{plugin: p, child: c}
+	if connection := c.Connection(); connection != nil {
+		err = proc.use(connection, o)
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			proc.Kill()
+			return nil, err
+		}
+		return proc, nil
+	}
 	client := plugin.NewClient(&plugin.ClientConfig{
 		HandshakeConfig: plugin.HandshakeConfig{
 			MagicCookieKey:   handshake.MagicCookieKey,
@@ -123,7 +136,7 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 		},
 	})
 	stop := context.AfterFunc(ctx, c.Kill) // connect then fails
-	err = proc.connect(client)
+	err = proc.connect(client, o.StartTimeout)
 	if !stop() && err == nil {
 		err = ctx.Err()
 	}
@@ -180,36 +193,78 @@ func program(p *discover.Plugin, o Options) (*child.Child, error) {
 	return child.Start(child.Spec{
 		Path: p.Path, Roots: p.Manifest.RuntimeRoots, Limits: o.Limits, LogLevel: level,
 		Protocols: []int{sdk.Protocol},
+		// go-plugin reads what a program logs that listens.
+		Connected: p.Manifest.Connection == sdk.ConnectionInherited && level == "",
 	})
 }
 
-// connect reads where the program listens, and dials.
+// use speaks to a program over the connection that it has inherited. It does not
+// wait for an answer, so that the first request is ready when the program is. A
+// failure shows there.
+func (p *Process) use(connection *os.File, o Options) error {
+	defer connection.Close()
+	conn, err := net.FileConn(connection)
+	if err != nil {
+		return err
+	}
+	var used atomic.Bool
+	p.conn, err = dial(func(context.Context, string) (net.Conn, error) {
+		if used.Swap(true) {
+			return nil, errors.New("its connection broke off")
+		}
+		return conn, nil
+	}, o.StartTimeout)
+	if err != nil {
+		conn.Close()
+		return err
+	}
+	p.major = sdk.Protocol
+	stderr := o.Stderr
+	if stderr == nil {
+		stderr = io.Discard
+	}
+	go io.Copy(stderr, p.child.Stderr())
+	go io.Copy(io.Discard, p.child.Stdout())
+	return nil
+}
+
+// dial makes a connection ready over what dialer returns, in the background. A
+// program has timeout to answer on it.
+func dial(dialer func(context.Context, string) (net.Conn, error), timeout time.Duration) (*grpc.ClientConn, error) {
+	conn, err := grpc.NewClient("passthrough:///plugin",
+		grpc.WithContextDialer(dialer),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: timeout}),
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer), grpc.MaxCallSendMsgSize(math.MaxInt32)),
+		grpc.WithStaticStreamWindowSize(windowSize), grpc.WithStaticConnWindowSize(windowSize),
+		grpc.WithDisableServiceConfig(), grpc.WithDisableRetry())
+	if err == nil {
+		conn.Connect()
+	}
+	return conn, err
+}
+
+// connect reads where a program listens, and dials.
 //
 // go-plugin's own client would do so too, and begin streams for its broker and
 // for what the plugin prints, which costs a millisecond before the first
 // request. Here the connection is made ready while the program initialises, all
 // but the socket.
-func (p *Process) connect(client *plugin.Client) error {
+func (p *Process) connect(client *plugin.Client, timeout time.Duration) error {
 	address := make(chan net.Addr, 1)
 	var err error
-	p.conn, err = grpc.NewClient("passthrough:///plugin",
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-			select {
-			case addr := <-address:
-				address <- addr // for another attempt
-				return new(net.Dialer).DialContext(ctx, addr.Network(), addr.String())
-			case <-ctx.Done():
-				return nil, ctx.Err()
-			}
-		}),
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer), grpc.MaxCallSendMsgSize(math.MaxInt32)),
-		grpc.WithStaticStreamWindowSize(windowSize), grpc.WithStaticConnWindowSize(windowSize),
-		grpc.WithDisableServiceConfig(), grpc.WithDisableRetry())
+	p.conn, err = dial(func(ctx context.Context, _ string) (net.Conn, error) {
+		select {
+		case addr := <-address:
+			address <- addr // for another attempt
+			return new(net.Dialer).DialContext(ctx, addr.Network(), addr.String())
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}, timeout)
 	if err != nil {
 		return err
 	}
-	p.conn.Connect()
 	addr, err := client.Start()
 	if err != nil {
 		return p.startError(err)

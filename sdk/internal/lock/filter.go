@@ -8,16 +8,16 @@ import (
 	"github.com/instar-img/instar/internal/confine"
 )
 
-func engageSeccomp() error {
+func engageSeccomp(accept bool) error {
 	if !confine.HasSeccomp() {
 		return confine.ErrUnavailable
 	}
-	return filter(unix.Getpid()).RestrictAll()
+	return filter(unix.Getpid(), accept).RestrictAll()
 }
 
 // filter allows what a Go program needs that serves requests on an open socket,
 // and refuses the rest: it lists what is allowed. pid is the process's own.
-func filter(pid int) *confine.Filter {
+func filter(pid int, accept bool) *confine.Filter {
 	f := confine.NewFilter(confine.Fail(unix.EPERM))
 
 	// In order of how often they are called.
@@ -65,8 +65,11 @@ func filter(pid int) *confine.Filter {
 		f.When(confine.Allow, unix.SYS_FCNTL, confine.Condition{Arg: 1, Value: command})
 	}
 	// The open sockets.
+	if accept {
+		f.On(confine.Allow, unix.SYS_ACCEPT4)
+	}
 	f.On(confine.Allow,
-		unix.SYS_ACCEPT4, unix.SYS_GETSOCKNAME, unix.SYS_GETPEERNAME, unix.SYS_GETSOCKOPT,
+		unix.SYS_GETSOCKNAME, unix.SYS_GETPEERNAME, unix.SYS_GETSOCKOPT,
 		unix.SYS_SETSOCKOPT, unix.SYS_RECVMSG, unix.SYS_RECVFROM, unix.SYS_SENDMSG,
 		unix.SYS_SENDTO, unix.SYS_SHUTDOWN, unix.SYS_EPOLL_CREATE1, unix.SYS_EPOLL_CTL,
 		unix.SYS_EVENTFD2, unix.SYS_PPOLL)

@@ -4,4 +4,4 @@ package lock
 
 import "github.com/instar-img/instar/internal/confine"
 
-func engageSeccomp() error { return confine.ErrUnavailable }
+func engageSeccomp(bool) error { return confine.ErrUnavailable }

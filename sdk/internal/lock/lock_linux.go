@@ -9,9 +9,9 @@ import (
 
 // Engage locks all threads of the process: no file system, no new programs,
 // processes or sockets, no other processes. What stays are descriptors that are
-// open or are passed in, and memory. It must be called once the server listens,
-// and there is no way back.
-func Engage() error {
+// open or are passed in, and memory. With accept it
+// still takes connections to a socket that listens. There is no way back.
+func Engage(accept bool) error {
 	var missing []error
 	if err := confine.NoNewPrivsAll(); err != nil {
 		return unavailable(err)
@@ -27,7 +27,7 @@ func Engage() error {
 			return err
 		}
 	}
-	if err := engageSeccomp(); errors.Is(err, confine.ErrUnavailable) {
+	if err := engageSeccomp(accept); errors.Is(err, confine.ErrUnavailable) {
 		missing = append(missing, err)
 	} else if err != nil {
 		return err

@@ -3,4 +3,4 @@
 package lock
 
 // Engage returns ErrUnavailable.
-func Engage() error { return ErrUnavailable }
+func Engage(bool) error { return ErrUnavailable }

@@ -26,8 +26,9 @@ type FileSource interface {
 type Server struct {
 	pb.UnimplementedFormatServiceServer
 
-	format sdk.Format
-	files  FileSource
+	format     sdk.Format
+	connection string // that of the manifest
+	files      FileSource
 
 	spread func() // has the program use all processors
 
@@ -46,10 +47,11 @@ type image struct {
 	files []*os.File
 }
 
-// New returns a server for format, whose descriptors come from files.
-func New(format sdk.Format, files FileSource) *Server {
+// New returns a server for format, whose descriptors come from files. connection
+// is what its manifest says of that.
+func New(format sdk.Format, files FileSource, connection string) *Server {
 	return &Server{
-		format: format, files: files, plans: map[uint64]sdk.Plan{}, images: map[uint64]*image{}, windows: map[uint32]*window{},
+		format: format, files: files, connection: connection, plans: map[uint64]sdk.Plan{}, images: map[uint64]*image{}, windows: map[uint32]*window{},
 		spread: sync.OnceFunc(func() { runtime.GOMAXPROCS(runtime.NumCPU()) }),
 	}
 }
@@ -57,11 +59,17 @@ func New(format sdk.Format, files FileSource) *Server {
 // Describe returns what the format says of itself.
 func (s *Server) Describe(context.Context, *pb.DescribeRequest) (*pb.DescribeResponse, error) {
 	d := s.format.Describe()
-	manifest, err := json.Marshal(d.Manifest)
+	manifest, err := json.Marshal(s.manifest())
 	if err != nil {
 		return nil, wire.Status(err)
 	}
 	return &pb.DescribeResponse{Manifest: manifest, CreateSchema: wire.OptionKeys(d.Create)}, nil
+}
+
+func (s *Server) manifest() *sdk.Manifest {
+	m := s.format.Describe().Manifest
+	m.Connection = s.connection
+	return &m
 }
 
 func (s *Server) newID() uint64 {
@@ -185,8 +193,7 @@ func (s *Server) OpenImage(ctx context.Context, r *pb.OpenImageRequest) (*pb.Ope
 		closeAll(opened)
 		return nil, wire.Status(err)
 	}
-	manifest := s.format.Describe().Manifest
-	resp := &pb.OpenImageResponse{Info: wire.Info(info), Manifest: manifest.Fingerprint()}
+	resp := &pb.OpenImageResponse{Info: wire.Info(info), Manifest: s.manifest().Fingerprint()}
 	_, resp.Checker = sdk.As[sdk.Checker](img)
 	_, resp.Decoder = sdk.As[sdk.Decoder](img)
 	_, resp.Attacher = sdk.As[sdk.Attacher](img)

@@ -105,7 +105,7 @@ type probe struct {
 func (p *probe) GRPCServer(_ *plugin.GRPCBroker, s *grpc.Server) error {
 	if p.locked {
 		begin := time.Now()
-		if err := lock.Engage(); err != nil {
+		if err := lock.Engage(true); err != nil {
 			return err
 		}
 		lockCost = time.Since(begin)
