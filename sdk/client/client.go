@@ -57,6 +57,7 @@ func Connect(conn grpc.ClientConnInterface, files FileSender, manifest *sdk.Mani
 
 func (f *Format) describe(ctx context.Context) (sdk.Description, error) {
 	var d sdk.Description
+	wire.WarmCreate()
 	r, err := f.rpc.Describe(ctx, &pb.DescribeRequest{}, grpc.MaxCallRecvMsgSize(maxMessage))
 	if err != nil {
 		return d, wire.FromStatus(err)
@@ -156,6 +157,7 @@ func (f *Format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, erro
 	if err != nil {
 		return nil, err
 	}
+	wire.WarmOpen()
 	r, err := f.rpc.OpenImage(ctx, &pb.OpenImageRequest{
 		Files: tickets, ReadWrite: req.ReadWrite, Check: req.Check, Snapshot: wire.Text(req.Snapshot), Name: wire.Text(req.Name),
 		Guessed: req.Guessed,
