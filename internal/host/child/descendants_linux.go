@@ -108,12 +108,15 @@ func (c *Child) mayRun(pid int) bool {
 
 // killTree ends the process and all that descends from it.
 func (c *Child) killTree() {
+	// First, because it takes the kernel a while, and nothing gets lost: until
+	// there is no more of it its children are found below it, and then as ours.
+	unix.Kill(-c.id, unix.SIGKILL)
+	unix.Kill(c.id, unix.SIGKILL)
 	below := append(descendants(c.id), c.orphans()...)
 	for known := 0; len(below) != known; {
 		// There are some, which nothing that behaves has. Stopped, they cannot
 		// start more.
 		known = len(below)
-		unix.Kill(c.id, unix.SIGSTOP)
 		for _, pid := range below {
 			unix.Kill(pid, unix.SIGSTOP)
 		}
@@ -123,8 +126,6 @@ func (c *Child) killTree() {
 		}
 		below = unique(append(below, again...))
 	}
-	unix.Kill(-c.id, unix.SIGKILL)
-	unix.Kill(c.id, unix.SIGKILL)
 	for _, pid := range below {
 		unix.Kill(pid, unix.SIGKILL)
 	}
