@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/instar-img/instar/internal/host/ahead"
@@ -71,6 +72,10 @@ type Process struct {
 	child  *child.Child
 	conn   *grpc.ClientConn
 	major  int
+
+	line  *heard    // the connection that it inherited, else nil
+	late  time.Time // by when it should be heard of
+	after time.Duration
 
 	drain    *time.Timer
 	killOnce sync.Once
@@ -207,12 +212,14 @@ func (p *Process) use(connection *os.File, o Options) error {
 	if err != nil {
 		return err
 	}
+	p.line = &heard{Conn: conn}
+	p.after, p.late = o.StartTimeout, time.Now().Add(o.StartTimeout)
 	var used atomic.Bool
 	p.conn, err = dial(func(context.Context, string) (net.Conn, error) {
 		if used.Swap(true) {
 			return nil, errors.New("its connection broke off")
 		}
-		return conn, nil
+		return p.line, nil
 	}, o.StartTimeout)
 	if err != nil {
 		conn.Close()
@@ -226,6 +233,20 @@ func (p *Process) use(connection *os.File, o Options) error {
 	go io.Copy(stderr, p.child.Stderr())
 	go io.Copy(io.Discard, p.child.Stdout())
 	return nil
+}
+
+// heard knows whether anything came over a connection.
+type heard struct {
+	net.Conn
+	any atomic.Bool
+}
+
+func (h *heard) Read(b []byte) (int, error) {
+	n, err := h.Conn.Read(b)
+	if n > 0 {
+		h.any.Store(true)
+	}
+	return n, err
 }
 
 // dial makes a connection ready over what dialer returns, in the background. A
@@ -402,14 +423,26 @@ func (p *Process) exitErrorSoon() error {
 	return p.ExitError()
 }
 
-// Explain returns the cause of a failed request: where the plugin died (or is
-// dying) how it ended, else err itself.
+// Explain returns the cause of a failure to speak to the plugin: where it died (or
+// is dying) how it ended, else what is wrong with the connection.
 func (p *Process) Explain(err error) error {
 	if err == nil {
 		return nil
 	}
-	if exit := p.exitErrorSoon(); exit != nil {
+	exit := p.exitErrorSoon()
+	silent := p.line != nil && !p.line.any.Load()
+	switch line := p.child.FirstLine(); {
+	case silent && line != "":
+		return p.fault(fmt.Errorf("not a plugin: it printed %q", line))
+	case exit != nil:
 		return exit
+	case silent && !time.Now().Before(p.late):
+		return p.fault(fmt.Errorf("it did not answer within %v", p.after))
 	}
-	return err
+	return p.fault(errors.New(status.Convert(err).Message()))
+}
+
+// fault says of which plugin something is true.
+func (p *Process) fault(err error) error {
+	return fmt.Errorf("plugin %s (%s): %w", p.plugin.Manifest.Name, p.plugin.Path, err)
 }

@@ -17,10 +17,13 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/instar-img/instar/internal/host/child"
 	"github.com/instar-img/instar/internal/host/discover"
+	"github.com/instar-img/instar/sdk"
 )
 
 // probe is the program that all test plugins are links to.
@@ -356,6 +359,43 @@ func TestBadStarts(t *testing.T) {
 			if !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") || len(err.Error()) > 1000 {
 				t.Errorf("got  %s\nwant %s", err, c.want)
 			}
+			assertNoSocketDirs(t)
+		})
+	}
+}
+
+// What inherits its connection is not waited for: the first request tells.
+func TestBadConnections(t *testing.T) {
+	for _, c := range []struct{ name, want string }{
+		{"crash-at-start", "exited with status 2: panic: no reason at all"},
+		{"silent", "it did not answer within 1s"},
+		{"garbage", `not a plugin: it printed "hello there"`},
+		{"endless-line", "not a plugin: it printed"},
+		{"no-http", "error reading server preface"},
+		{"hangs-up", "connection error: "},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			plugin := installed(t, c.name)
+			plugin.Manifest.Connection = sdk.ConnectionInherited
+			begin := time.Now()
+			p, err := Start(t.Context(), plugin, Options{StartTimeout: time.Second})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer p.Kill()
+			_, err = do(t.Context(), p, "echo")
+			if status.Code(err) != codes.Unavailable {
+				t.Errorf("the transport's own: %v", err)
+			}
+			err = p.Explain(err)
+			if err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") || len(err.Error()) > 1000 {
+				t.Errorf("got  %v\nwant %s", err, c.want)
+			}
+			if d := time.Since(begin); d > 5*time.Second {
+				t.Errorf("the error took %v", d)
+			}
+			p.Kill()
+			<-p.Done()
 			assertNoSocketDirs(t)
 		})
 	}

@@ -59,6 +59,12 @@ func main() {
 		for {
 			fmt.Print(strings.Repeat("x", 1<<16))
 		}
+	case "no-http":
+		fmt.Fprint(os.NewFile(handshake.ConnectionFD, "connection"), "220 hello\r\n")
+		time.Sleep(time.Hour)
+	case "hangs-up":
+		syscall.Close(handshake.ConnectionFD)
+		time.Sleep(time.Hour)
 	case "tcp":
 		fmt.Println("1|1|tcp|127.0.0.1:1|grpc")
 		time.Sleep(time.Hour)
