@@ -359,8 +359,12 @@ func (s *Set) Prepare(ctx context.Context, i int, length int64, p sdk.Preallocat
 		return fl.prepareDirect(length, p)
 	}
 	fl.prealloc = p
-	if err := fl.f.Truncate(length); err != nil {
-		return &errno.Error{Text: "Could not resize file", Err: err}
+	// It is empty as it is. ext4 writes all of a file that was cut to nothing when
+	// it is closed, which the command would wait for.
+	if length > 0 {
+		if err := fl.f.Truncate(length); err != nil {
+			return &errno.Error{Text: "Could not resize file", Err: err}
+		}
 	}
 	if fl.way == overwrite {
 		return nil // the space is reserved in the target itself, by Commit
