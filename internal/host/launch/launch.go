@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -73,9 +72,7 @@ type Process struct {
 	conn   *grpc.ClientConn
 	major  int
 
-	line  *heard    // the connection that it inherited, else nil
-	late  time.Time // by when it should be heard of
-	after time.Duration
+	inherited *inherited // nil where it listens
 
 	drain    *time.Timer
 	killOnce sync.Once
@@ -111,15 +108,21 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 	proc := &Process{plugin: p, child: c}
 	if connection := c.Connection(); connection != nil {
 		err = proc.use(connection, o)
-		if err == nil {
-			err = ctx.Err()
-		}
-		if err != nil {
-			proc.Kill()
-			return nil, err
-		}
-		return proc, nil
+	} else {
+		err = proc.meet(ctx, o)
 	}
+	if ctx.Err() != nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		proc.Kill()
+		return nil, err
+	}
+	return proc, nil
+}
+
+// meet has go-plugin find out where a program listens, and connects to it.
+func (p *Process) meet(ctx context.Context, o Options) error {
 	client := plugin.NewClient(&plugin.ClientConfig{
 		HandshakeConfig: plugin.HandshakeConfig{
 			MagicCookieKey:   handshake.MagicCookieKey,
@@ -134,25 +137,14 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 		SkipHostEnv:      true,
 		StartTimeout:     o.StartTimeout,
 		// The child has its own; go-plugin makes one in it that is not used.
-		UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: c.SocketDir()},
+		UnixSocketConfig: &plugin.UnixSocketConfig{TempDir: p.child.SocketDir()},
 		RunnerFunc: func(_ hclog.Logger, _ *exec.Cmd, unused string) (runner.Runner, error) {
 			os.Remove(unused)
-			return &childRunner{Child: c, name: p.Manifest.Name}, nil
+			return &childRunner{Child: p.child, name: p.plugin.Manifest.Name}, nil
 		},
 	})
-	stop := context.AfterFunc(ctx, c.Kill) // connect then fails
-	err = proc.connect(client, o.StartTimeout)
-	if !stop() && err == nil {
-		err = ctx.Err()
-	}
-	if err != nil {
-		proc.Kill()
-		if ctx.Err() != nil {
-			err = ctx.Err()
-		}
-		return nil, err
-	}
-	return proc, nil
+	defer context.AfterFunc(ctx, p.child.Kill)() // connect then fails
+	return p.connect(client, o.StartTimeout)
 }
 
 // frame is the logger of go-plugin itself, which reports the end of each process
@@ -201,52 +193,6 @@ func program(p *discover.Plugin, o Options) (*child.Child, error) {
 		// go-plugin reads what a program logs that listens.
 		Connected: p.Manifest.Connection == sdk.ConnectionInherited && level == "",
 	})
-}
-
-// use speaks to a program over the connection that it has inherited. It does not
-// wait for an answer, so that the first request is ready when the program is. A
-// failure shows there.
-func (p *Process) use(connection *os.File, o Options) error {
-	defer connection.Close()
-	conn, err := net.FileConn(connection)
-	if err != nil {
-		return err
-	}
-	p.line = &heard{Conn: conn}
-	p.after, p.late = o.StartTimeout, time.Now().Add(o.StartTimeout)
-	var used atomic.Bool
-	p.conn, err = dial(func(context.Context, string) (net.Conn, error) {
-		if used.Swap(true) {
-			return nil, errors.New("its connection broke off")
-		}
-		return p.line, nil
-	}, o.StartTimeout)
-	if err != nil {
-		conn.Close()
-		return err
-	}
-	p.major = sdk.Protocol
-	stderr := o.Stderr
-	if stderr == nil {
-		stderr = io.Discard
-	}
-	go io.Copy(stderr, p.child.Stderr())
-	go io.Copy(io.Discard, p.child.Stdout())
-	return nil
-}
-
-// heard knows whether anything came over a connection.
-type heard struct {
-	net.Conn
-	any atomic.Bool
-}
-
-func (h *heard) Read(b []byte) (int, error) {
-	n, err := h.Conn.Read(b)
-	if n > 0 {
-		h.any.Store(true)
-	}
-	return n, err
 }
 
 // dial makes a connection ready over what dialer returns, in the background. A
@@ -430,14 +376,14 @@ func (p *Process) Explain(err error) error {
 		return nil
 	}
 	exit := p.exitErrorSoon()
-	silent := p.line != nil && !p.line.any.Load()
+	silent := p.inherited != nil && !p.inherited.heard.Load()
 	switch line := p.child.FirstLine(); {
 	case silent && line != "":
 		return p.fault(fmt.Errorf("not a plugin: it printed %q", line))
 	case exit != nil:
 		return exit
-	case silent && !time.Now().Before(p.late):
-		return p.fault(fmt.Errorf("it did not answer within %v", p.after))
+	case silent && time.Since(p.inherited.since) >= p.inherited.timeout:
+		return p.fault(fmt.Errorf("it did not answer within %v", p.inherited.timeout))
 	}
 	return p.fault(errors.New(status.Convert(err).Message()))
 }
