@@ -59,6 +59,9 @@ func firstFilter(core int) *confine.Filter {
 		confine.Condition{Arg: 1, Mask: 0xf, Value: unix.SOCK_STREAM})
 	f.On(refuse, unix.SYS_SOCKET, unix.SYS_SOCKETPAIR, unix.SYS_CONNECT)
 
+	// Lengths of files, which Landlock covers from ABI 3 on; those that are open
+	// have ftruncate.
+	f.On(refuse, unix.SYS_TRUNCATE)
 	// Metadata of files, which Landlock does not cover.
 	f.On(refuse,
 		unix.SYS_FCHMOD, unix.SYS_FCHMODAT, unix.SYS_FCHMODAT2,
