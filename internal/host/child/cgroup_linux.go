@@ -121,9 +121,10 @@ func (g *cgroup) ranOut() bool {
 	return false
 }
 
-// remove removes the group. What was killed in it may take a moment to leave.
+// remove removes the group. What was killed in it may take a moment to leave, and
+// longer the more memory it has.
 func (g *cgroup) remove() {
-	for range 20 {
+	for range 500 {
 		if err := unix.Rmdir(g.path); err != unix.EBUSY {
 			return
 		}

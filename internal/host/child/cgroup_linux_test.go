@@ -74,14 +74,23 @@ func TestRanOut(t *testing.T) {
 // realGroups returns a directory in which control groups can be made, or skips.
 func realGroups(t *testing.T) string {
 	t.Helper()
-	for _, mount := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
-		if _, err := os.Stat(filepath.Join(mount, "cgroup.procs")); err != nil {
-			continue
-		}
-		probe := filepath.Join(mount, "instar-probe")
-		if os.Mkdir(probe, 0o755) == nil {
-			os.Remove(probe)
-			return mount
+	text, err := os.ReadFile(cgroupSelf)
+	if err != nil {
+		t.Skip(err)
+	}
+	_, own, _ := strings.Cut(string(text), "0::")
+	own, _, _ = strings.Cut(own, "\n")
+	for _, mount := range []string{cgroupMount, filepath.Join(cgroupMount, "unified")} {
+		// The group of an ordinary user is beside his own, if he may make one.
+		for _, parent := range []string{mount, filepath.Join(mount, filepath.Dir(own))} {
+			if _, err := os.Stat(filepath.Join(parent, "cgroup.procs")); err != nil {
+				continue
+			}
+			probe := filepath.Join(parent, "instar-probe")
+			if os.Mkdir(probe, 0o755) == nil {
+				os.Remove(probe)
+				return parent
+			}
 		}
 	}
 	t.Skip("no writable control groups of version 2 here")
@@ -120,5 +129,29 @@ func TestGroupKill(t *testing.T) {
 	if _, err := os.Stat(g.path); !os.IsNotExist(err) {
 		t.Errorf("not swept: %v", err)
 		g.remove()
+	}
+}
+
+// A process that ended before it was in its group leaves none.
+func TestGroupOfTheDead(t *testing.T) {
+	limits := Limits{MemoryBytes: 1 << 20}
+	g := newCgroup(limits)
+	if g == nil {
+		t.Skip("no control groups here whose memory can be limited")
+	}
+	g.remove()
+	cmd := exec.Command("true")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	c := &Child{}
+	awaitExit(cmd.Process.Pid)
+	c.leaveGroup() // as the thread that waits for it does
+	c.limitGroup(cmd.Process.Pid, limits)
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	if left, err := filepath.Glob(filepath.Join(filepath.Dir(g.path), cgroupPrefix+"*")); err != nil || len(left) > 0 {
+		t.Errorf("left: %v %v", left, err)
 	}
 }

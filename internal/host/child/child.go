@@ -76,6 +76,7 @@ type Child struct {
 	usage  syscall.Rusage
 	limits Limits
 	group  *cgroup // nil where there is none
+	ended  bool    // too late for a group
 	ranOut bool    // of the memory of its group
 }
 
@@ -332,8 +333,9 @@ func (c *Child) Killed() bool {
 	return c.killed
 }
 
-// DyingTimeout bounds the wait for a process that seems to be about to end.
-const DyingTimeout = 500 * time.Millisecond
+// DyingTimeout bounds the wait for a process that seems to be about to end. The
+// kernel takes its time to free what one had that was killed for its memory.
+const DyingTimeout = 1500 * time.Millisecond
 
 // sendTimeout bounds the wait for a plugin that does not receive.
 const sendTimeout = 10 * time.Second

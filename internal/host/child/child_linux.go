@@ -136,13 +136,22 @@ func (c *Child) limitGroup(pid int, limits Limits) {
 	if g == nil {
 		return
 	}
-	if err := g.add(pid); err != nil {
-		g.remove()
-		return
+	// A process that has just ended would be taken, and the group stay.
+	c.mu.Lock()
+	if !c.ended && g.add(pid) == nil {
+		c.group, g = g, nil
 	}
+	c.mu.Unlock()
+	if g != nil {
+		g.remove()
+	}
+}
+
+// grouped reports whether there is a control group to be removed.
+func (c *Child) grouped() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.group = g
+	return c.group != nil
 }
 
 // leaveGroup ends what else is in the control group, and removes it. It reports
@@ -150,13 +159,22 @@ func (c *Child) limitGroup(pid int, limits Limits) {
 func (c *Child) leaveGroup() bool {
 	c.mu.Lock()
 	g := c.group
-	c.group = nil
+	c.ended = true
 	c.mu.Unlock()
 	if g == nil {
 		return false
 	}
-	ranOut := g.ranOut()
-	g.kill()
-	g.remove()
+	// On another thread: this one is in the plugin's sandbox, which has no groups.
+	left := make(chan bool)
+	go func() {
+		ranOut := g.ranOut()
+		g.kill()
+		g.remove()
+		left <- ranOut
+	}()
+	ranOut := <-left
+	c.mu.Lock()
+	c.group = nil
+	c.mu.Unlock()
 	return ranOut
 }

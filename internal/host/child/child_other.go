@@ -62,3 +62,5 @@ func (c *Child) killTree() {
 type cgroup struct{}
 
 func (c *Child) leaveGroup() bool { return false }
+
+func (c *Child) grouped() bool { return false }

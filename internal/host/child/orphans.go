@@ -13,13 +13,18 @@ const inits = " catatonit docker-init dumb-init init launchd procd runit s6-svsc
 const awaitTimeout = 2 * time.Second
 
 // Await waits, within a bound, for the end of processes that were killed. Where
-// must is not set it does so only where nobody else would wait for them.
+// must is not set it does so only where nobody else would wait for them, or would
+// remove their control group.
 func Await(must bool, killed ...*Child) {
-	if len(killed) == 0 || !must && orphansAreWaitedFor() {
+	if len(killed) == 0 {
 		return
 	}
+	all := must || !orphansAreWaitedFor()
 	late := time.After(awaitTimeout)
 	for _, c := range killed {
+		if !all && !c.grouped() {
+			continue
+		}
 		select {
 		case <-c.Done():
 		case <-late:

@@ -3,6 +3,8 @@ package launch
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -27,6 +29,48 @@ func TestMemoryLimit(t *testing.T) {
 		t.Errorf("took %v", d)
 	}
 	assertNothingLeft(t, p)
+}
+
+// With a memory limit a plugin and all that it starts are in a control group of
+// their own, where there can be one, which goes with them.
+func TestGroup(t *testing.T) {
+	needSandbox(t)
+	p := started(t, "plain", Options{Limits: Limits{MemoryBytes: 64 << 20}})
+	forked, err := strconv.Atoi(mustDo(t, p, "fork"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	group := groupOf(t, p.child.Pid())
+	if !strings.HasPrefix(filepath.Base(group), "instar-"+strconv.Itoa(os.Getpid())+"-") {
+		t.Skipf("it is in %s: no control groups here whose memory can be limited", group)
+	}
+	if got := groupOf(t, forked); got != group {
+		t.Errorf("what it started is in %s, not in %s", got, group)
+	}
+	for file, want := range map[string]string{"memory.max": strconv.Itoa(192 << 20), "pids.max": "256"} {
+		if b, err := os.ReadFile(filepath.Join(group, file)); err != nil || strings.TrimSpace(string(b)) != want {
+			t.Errorf("%s: %q %v, want %s", file, b, err, want)
+		}
+	}
+	assertNothingLeft(t, p)
+	if running(forked) {
+		t.Errorf("%d outlived the plugin", forked)
+	}
+	if _, err := os.Stat(group); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("%s is left: %v", group, err)
+	}
+}
+
+// groupOf returns the directory of a process's control group.
+func groupOf(t *testing.T, pid int) string {
+	t.Helper()
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup")
+	if err != nil {
+		t.Skip(err)
+	}
+	_, group, _ := strings.Cut(string(b), "0::")
+	group, _, _ = strings.Cut(group, "\n")
+	return filepath.Join("/sys/fs/cgroup", group)
 }
 
 func TestProcessorLimit(t *testing.T) {

@@ -116,6 +116,7 @@ func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 	}
 	if err != nil {
 		proc.Kill()
+		child.Await(false, c)
 		return nil, err
 	}
 	return proc, nil
@@ -375,6 +376,7 @@ func (p *Process) Explain(err error) error {
 	if err == nil {
 		return nil
 	}
+	late := p.inherited != nil && time.Since(p.inherited.since) >= p.inherited.timeout
 	exit := p.exitErrorSoon()
 	silent := p.inherited != nil && !p.inherited.heard.Load()
 	switch line := p.child.FirstLine(); {
@@ -382,7 +384,7 @@ func (p *Process) Explain(err error) error {
 		return p.fault(fmt.Errorf("not a plugin: it printed %q", line))
 	case exit != nil:
 		return exit
-	case silent && time.Since(p.inherited.since) >= p.inherited.timeout:
+	case silent && late:
 		return p.fault(fmt.Errorf("it did not answer within %v", p.inherited.timeout))
 	}
 	return p.fault(errors.New(status.Convert(err).Message()))
