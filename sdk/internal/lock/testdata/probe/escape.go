@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"unsafe"
@@ -115,11 +116,9 @@ func escape(args []string) string {
 		return err
 	})
 	try("trace its parent", func() error {
-		err := unix.PtraceSeize(parent)
-		if err == nil {
-			unix.PtraceDetach(parent)
-		}
-		return err
+		result := make(chan error)
+		go trace(parent, result)
+		return <-result
 	})
 	try("signal its parent", func() error { return unix.Kill(parent, 0) })
 	try("signal a thread of its parent", raw(unix.SYS_TGKILL, uintptr(parent), uintptr(parent), 0))
@@ -163,6 +162,20 @@ func escape(args []string) string {
 		return err.Error()
 	}
 	return string(out)
+}
+
+// trace traces a process from a thread that then ends, which lets go of it: one
+// that is not stopped cannot be detached, and stops at its next signal.
+func trace(pid int, result chan<- error) {
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() { // which does not end
+		other := make(chan error)
+		go trace(pid, other)
+		result <- <-other
+		runtime.UnlockOSThread()
+		return
+	}
+	result <- unix.PtraceSeize(pid)
 }
 
 func readable(path string) error {
