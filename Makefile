@@ -26,7 +26,7 @@ PLUGINS     := $(notdir $(PLUGIN_DIRS))
 PROGRAMS    := $(wildcard ./cmd/instar) $(addprefix ./,$(PLUGIN_DIRS))
 PLATFORMS   := linux/amd64 linux/arm64 darwin/arm64
 
-SCRIPTS     := $(wildcard .ci/*) packaging/build packaging/share
+SCRIPTS     := $(wildcard .ci/*) packaging/build packaging/share test/vm/run
 
 # Packages whose tests drive the built programs.
 INTEGRATION := ./cmd/... ./test/...
@@ -86,6 +86,10 @@ test-unit: build tools/bin/gotestsum ## Test every package on its own
 
 test-integration: build tools/bin/gotestsum ## Test the built programs, against qemu-img and other readers
 	$(GOTEST) -count=1 -timeout 30m $(INTEGRATION)
+
+.PHONY: test-vm
+test-vm: build ## Test under Debian's kernels, with Landlock and without, in QEMU: some minutes
+	test/vm/run
 
 oracles: ## Install what the tests compare with, or say what is missing
 	@.ci/oracles

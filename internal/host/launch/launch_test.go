@@ -29,6 +29,9 @@ import (
 // probe is the program that all test plugins are links to.
 var probe string
 
+// probeVariable names it where it was built before.
+const probeVariable = "INSTAR_TEST_PROBE"
+
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == coreArgument {
 		actAsCore(os.Args[2])
@@ -43,13 +46,15 @@ func buildAndRun(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	probe = filepath.Join(dir, "probe")
-	build := exec.Command("go", "build", "-tags", "grpcnotrace", "-o", probe,
-		"github.com/instar-img/instar/sdk/internal/lock/testdata/probe")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		fmt.Fprintf(os.Stderr, "build the test plugin: %v\n%s", err, out)
-		return 1
+	if probe = os.Getenv(probeVariable); probe == "" {
+		probe = filepath.Join(dir, "probe")
+		build := exec.Command("go", "build", "-tags", "grpcnotrace", "-o", probe,
+			"github.com/instar-img/instar/sdk/internal/lock/testdata/probe")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "build the test plugin: %v\n%s", err, out)
+			return 1
+		}
 	}
 	// A socket directory base of the tests' own: what is left in it is ours.
 	base := filepath.Join(dir, "run")

@@ -76,6 +76,18 @@ func (l liar) at(point string) error {
 			all = append(all, b)
 			_ = all
 		}
+	case "share": // which no limit of a process's own counts
+		for {
+			b, err := syscall.Mmap(-1, 0, 1<<20, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_SHARED|syscall.MAP_ANON)
+			if err != nil {
+				return fmt.Errorf("mmap: %w", err)
+			}
+			for i := 0; i < len(b); i += 4096 {
+				b[i] = 1
+			}
+		}
+	case "reach":
+		return reach()
 	case "fork":
 		_, err := syscall.ForkExec("/proc/self/exe", []string{"child"}, &syscall.ProcAttr{})
 		if err != nil {
@@ -89,6 +101,34 @@ func (l liar) at(point string) error {
 		return fmt.Errorf("\x1b[2J\x1b]0;owned\x07first\nsecond line\r\n%s", strings.Repeat("long ", 100_000))
 	}
 	return nil
+}
+
+// reach tries to get at what is not the plugin's, and says what it got.
+func reach() error {
+	got := []string{"nothing"}
+	try := func(what string, err error) {
+		if err == nil {
+			got = append(got, what)
+		}
+	}
+	for _, name := range []string{"/etc/passwd", "/proc/self/environ", "/dev/null", os.Args[0]} {
+		f, err := os.Open(name)
+		try("read "+name, err)
+		f.Close()
+	}
+	try("make a file", os.WriteFile("/tmp/made-by-the-liar", nil, 0o666))
+	for _, family := range []int{syscall.AF_UNIX, syscall.AF_INET, syscall.AF_INET6} {
+		for _, kind := range []int{syscall.SOCK_STREAM, syscall.SOCK_DGRAM} {
+			_, err := syscall.Socket(family, kind, 0)
+			try(fmt.Sprintf("socket %d %d", family, kind), err)
+		}
+	}
+	for _, program := range []string{"/bin/true", os.Args[0]} {
+		_, err := syscall.ForkExec(program, []string{program}, &syscall.ProcAttr{})
+		try("start "+program, err)
+		try("become "+program, syscall.Exec(program, []string{program}, nil))
+	}
+	return fmt.Errorf("reached: %s.", strings.Join(got, ", "))
 }
 
 func (l liar) Describe() sdk.Description {
