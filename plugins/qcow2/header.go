@@ -13,6 +13,7 @@ import (
 const (
 	magic = 0x514649fb // "QFI\xfb"
 
+	sectorSize     = 512
 	minClusterBits = 9
 	maxClusterBits = 21
 

@@ -1,11 +1,13 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 
 	"github.com/instar-img/instar/sdk"
@@ -28,7 +30,8 @@ type image struct {
 	encrypt                []sdk.Fact
 
 	// The state that Map and Decode speak of: the active one or a snapshot's.
-	size     int64
+	size     int64 // in whole sectors, but see countSectors
+	stored   int64 // the size as it is stored
 	l1Offset int64
 	l1Size   int64
 
@@ -53,7 +56,7 @@ func readZeros(f sdk.File, b []byte, off int64) error {
 	return err
 }
 
-func (format) Open(_ context.Context, req sdk.OpenRequest) (sdk.Image, error) {
+func (format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, error) {
 	im := &image{readWrite: req.ReadWrite, files: append([]sdk.NamedFile(nil), req.Files...)}
 	for _, f := range req.Files {
 		if f.Role == sdk.RoleMain {
@@ -76,7 +79,7 @@ func (format) Open(_ context.Context, req sdk.OpenRequest) (sdk.Image, error) {
 	if im.h.dataFile() && im.dataName == "" {
 		return nil, &sdk.Error{Text: "'data-file' is required for this image", Class: sdk.ErrCorrupt}
 	}
-	im.size, im.l1Offset, im.l1Size = int64(im.h.size), int64(im.h.l1Offset), int64(im.h.l1Size)
+	im.stored, im.l1Offset, im.l1Size = int64(im.h.size), int64(im.h.l1Offset), int64(im.h.l1Size)
 	if !req.Check {
 		if im.snapshots, err = im.readSnapshots(); err != nil {
 			return nil, err
@@ -91,7 +94,50 @@ func (format) Open(_ context.Context, req sdk.OpenRequest) (sdk.Image, error) {
 		}
 	}
 	im.cache.f = im.main
+	im.countSectors(ctx)
 	return im, nil
+}
+
+// countSectors sets the virtual size. For qemu a disk ends with its last whole
+// sector. What an image holds behind that is not left out: its disk ends where
+// the image says.
+func (im *image) countSectors(ctx context.Context) {
+	im.size = im.stored &^ (sectorSize - 1)
+	if im.size != im.stored && im.holds(ctx, im.size, im.stored-im.size) {
+		im.size = im.stored
+	}
+}
+
+// holds reports whether n bytes, less than a sector, may have other content than
+// zeros. What cannot be read cannot be lost.
+func (im *image) holds(ctx context.Context, off, n int64) bool {
+	held := false
+	look := func(e sdk.Extent) bool {
+		b := make([]byte, e.Length)
+		switch {
+		case e.Kind == sdk.Zero:
+			return false
+		case e.Kind == sdk.Absent:
+			return im.backing != ""
+		case e.Kind == sdk.Encoded && im.h.crypt != cryptNone:
+			return true
+		case e.Kind == sdk.Encoded:
+			if im.Decode(ctx, e, b) != nil {
+				return false
+			}
+		default:
+			f, _, err := im.dataFile()
+			if err != nil || readZeros(f, b, e.HostOffset) != nil {
+				return false
+			}
+		}
+		return len(bytes.Trim(b, "\x00")) > 0
+	}
+	err := im.Map(ctx, off, n, func(extents []sdk.Extent) bool {
+		held = slices.ContainsFunc(extents, look)
+		return !held
+	})
+	return err == nil && held
 }
 
 // readHeader reads and validates the header cluster.
@@ -301,7 +347,7 @@ func (im *image) readBitmaps() ([]bitmapEntry, error) {
 	if err != nil {
 		return nil, err
 	}
-	return decodeBitmaps(b, x.count, im.g, im.h.size)
+	return decodeBitmaps(b, x.count, im.g, im.h.size&^(sectorSize-1))
 }
 
 func (im *image) selectSnapshot(want string) error {
@@ -327,15 +373,16 @@ func (im *image) selectSnapshot(want string) error {
 	if size < 0 {
 		return fmt.Errorf("snapshot %q: disk size %#x: %w", want, uint64(size), sdk.ErrCorrupt)
 	}
-	im.size, im.l1Offset, im.l1Size = size, int64(found.l1Offset), int64(found.l1Size)
+	im.stored, im.l1Offset, im.l1Size = size, int64(found.l1Offset), int64(found.l1Size)
 	return nil
 }
 
 // Attach takes the external data file.
-func (im *image) Attach(_ context.Context, files []sdk.NamedFile) error {
+func (im *image) Attach(ctx context.Context, files []sdk.NamedFile) error {
 	im.mu.Lock()
-	defer im.mu.Unlock()
 	im.files = append(im.files, files...)
+	im.mu.Unlock()
+	im.countSectors(ctx)
 	return nil
 }
 

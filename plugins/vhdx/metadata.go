@@ -201,10 +201,15 @@ func (p *parameters) validate() error {
 	if p.logicalSector != 512 && p.logicalSector != 4096 {
 		return fmt.Errorf("metadata: logical sector size %d, want 512 or 4096: %w", p.logicalSector, sdk.ErrCorrupt)
 	}
-	if p.virtualSize > maxVirtualSize || p.virtualSize%uint64(p.logicalSector) != 0 {
-		return fmt.Errorf("metadata: virtual size %d, want a multiple of %d up to 64 TiB: %w", p.virtualSize, p.logicalSector, sdk.ErrCorrupt)
+	if p.virtualSize > maxVirtualSize {
+		return p.errSize()
 	}
 	return nil
+}
+
+// errSize refuses the virtual size.
+func (p *parameters) errSize() error {
+	return fmt.Errorf("metadata: virtual size %d, want a multiple of %d up to 64 TiB: %w", p.virtualSize, p.logicalSector, sdk.ErrCorrupt)
 }
 
 // append lays out the metadata region: table, then items.

@@ -1,10 +1,12 @@
 package vhdx
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 
 	"github.com/instar-img/instar/sdk"
@@ -60,7 +62,48 @@ func (format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, error) 
 			return nil, err
 		}
 	}
-	return img, nil
+	return img, img.dropPartSector(ctx)
+}
+
+// dropPartSector ends the disk with its last whole sector, as qemu does, where
+// the size is no multiple of sectors (which MS-VHDX 2.6.2.2 forbids). An image
+// that holds something behind that is refused, and so is writing.
+func (img *image) dropPartSector(ctx context.Context) error {
+	rest := int64(img.params.virtualSize % uint64(img.params.logicalSector))
+	if rest == 0 {
+		return nil
+	}
+	size := int64(img.params.virtualSize) - rest
+	empty := !img.req.ReadWrite
+	look := func(e sdk.Extent) bool {
+		b := make([]byte, e.Length)
+		switch e.Kind {
+		case sdk.Zero:
+			return true
+		case sdk.Absent:
+			return !img.geo.parent
+		case sdk.Data:
+			n, err := img.file.ReadAt(b, e.HostOffset)
+			return (err == nil || errors.Is(err, io.EOF)) && len(bytes.Trim(b[:n], "\x00")) == 0
+		default:
+			return false
+		}
+	}
+	if empty {
+		if err := img.Map(ctx, size, rest, func(extents []sdk.Extent) bool {
+			empty = empty && !slices.ContainsFunc(extents, func(e sdk.Extent) bool { return !look(e) })
+			return empty
+		}); err != nil && !img.req.Check {
+			return err
+		}
+	}
+	if !empty {
+		return img.params.errSize()
+	}
+	whole := img.params
+	whole.virtualSize = uint64(size)
+	img.geo = newGeometry(&whole)
+	return nil
 }
 
 func (img *image) readHeaders() error {

@@ -177,36 +177,51 @@ qemu-io -c 'write 3M 64k' mid.qcow2
 `)
 	for _, version := range []string{"7.2", "10.0"} {
 		t.Run(version, func(t *testing.T) {
-			qemu := []string{"qemu-img"}
+			var qemu []string
 			if version == "10.0" {
 				qemu = qemuImg10(t)
-			} else if out, err := exec.Command("qemu-img", "--version").Output(); err != nil || !strings.Contains(string(out), " version 7.2") {
-				t.Skipf("NOT COMPARED with qemu-img 7.2: the installed one is another: %v", err)
+			} else {
+				qemu = qemuImg72(t)
 			}
-			for line := range strings.Lines(strings.TrimPrefix(commandLines, "\n")) {
-				line = strings.TrimSuffix(line, "\n")
-				line, words := strings.CutPrefix(line, "code ")
-				line, old := strings.CutPrefix(line, "old ")
-				line, recent := strings.CutPrefix(line, "new ")
-				if old && version != "7.2" || recent && version == "7.2" {
-					continue
-				}
-				sh := []string{"sh", "-c", `exec "$@" ` + line, "sh"}
-				want := runAs(t, dir, version, slices.Concat(sh, qemu)...)
-				got := runAs(t, dir, version, append(sh, instar)...)
-				if words || version != "7.2" {
-					if got.Code != 0 && got.Stderr == "" {
-						t.Errorf("%s: no message", line)
-					}
-					want.Stderr, got.Stderr = "", ""
-				}
-				want.Stderr = likeInstar(want.Stderr)
-				if diff := cmp.Diff(want, got); diff != "" {
-					t.Errorf("%s (-qemu-img +instar):\n%s", line, diff)
-				}
-			}
+			compareLines(t, dir, version, instar, qemu, commandLines)
 		})
 	}
+}
+
+// compareLines runs command lines, one a line, with both programs.
+func compareLines(t *testing.T, dir, version, instar string, qemu []string, list string) {
+	t.Helper()
+	for line := range strings.Lines(strings.TrimPrefix(list, "\n")) {
+		line = strings.TrimSuffix(line, "\n")
+		line, words := strings.CutPrefix(line, "code ")
+		line, old := strings.CutPrefix(line, "old ")
+		line, recent := strings.CutPrefix(line, "new ")
+		if old && version != "7.2" || recent && version == "7.2" {
+			continue
+		}
+		sh := []string{"sh", "-c", `exec "$@" ` + line, "sh"}
+		want := runAs(t, dir, version, slices.Concat(sh, qemu)...)
+		got := runAs(t, dir, version, append(sh, instar)...)
+		if words || version != "7.2" {
+			if got.Code != 0 && got.Stderr == "" {
+				t.Errorf("%s: no message", line)
+			}
+			want.Stderr, got.Stderr = "", ""
+		}
+		want.Stderr = likeInstar(want.Stderr)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s (-qemu-img +instar):\n%s", line, diff)
+		}
+	}
+}
+
+// qemuImg72 skips a test where the installed qemu-img is not 7.2.
+func qemuImg72(t *testing.T) []string {
+	t.Helper()
+	if out, err := exec.Command("qemu-img", "--version").Output(); err != nil || !strings.Contains(string(out), " version 7.2") {
+		t.Skipf("NOT COMPARED with qemu-img 7.2: the installed one is another: %v", err)
+	}
+	return []string{"qemu-img"}
 }
 
 // likeInstar replaces the program's name and drops the warning about trace
