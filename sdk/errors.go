@@ -30,7 +30,21 @@ var (
 type Error struct {
 	Text  string
 	Class error
+	// Hint says what can be done about it, on a line of its own; empty for none.
+	Hint string
 }
 
 func (e *Error) Error() string { return e.Text }
 func (e *Error) Unwrap() error { return e.Class }
+
+// ErrorHint returns Hint.
+func (e *Error) ErrorHint() string { return e.Hint }
+
+// HintOf returns what an error says that can be done about it, empty for nothing.
+func HintOf(err error) string {
+	var h interface{ ErrorHint() string }
+	if errors.As(err, &h) {
+		return h.ErrorHint()
+	}
+	return ""
+}

@@ -22,6 +22,7 @@ import (
 	"github.com/instar-img/instar/internal/host/launch"
 	"github.com/instar-img/instar/internal/host/remote"
 	"github.com/instar-img/instar/internal/host/session"
+	"github.com/instar-img/instar/sdk"
 )
 
 // app is what the verbs share: how they were called, and the session.
@@ -72,13 +73,23 @@ func (a *app) exit(ctx context.Context, err error) (int, string) {
 	}
 	var several reports
 	if !errors.As(err, &several) {
-		return 1, lines(errno.Text(err))
+		return 1, lines(advised(err))
 	}
 	texts := make([]string, len(several))
 	for i, e := range several {
-		texts[i] = lines(errno.Text(e))
+		texts[i] = lines(advised(e))
 	}
 	return 1, strings.Join(texts, "\n"+a.name+": ")
+}
+
+// advised returns an error's text, with what can be done about it on a line of its
+// own.
+func advised(err error) string {
+	text := errno.Text(err)
+	if hint := sdk.HintOf(err); hint != "" {
+		text += "\n" + hint
+	}
+	return text
 }
 
 // lines makes characters visible that would steer a terminal, in a text of one

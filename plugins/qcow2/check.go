@@ -180,14 +180,19 @@ func (c *checker) reference(off, size int64) {
 	if size <= 0 {
 		return
 	}
-	// The last cluster may be cut by the end of the file.
-	if off+size-c.fileLen >= c.im.g.clusterSize || off > math.MaxInt64-size {
+	if c.outside(off, size) {
 		c.say("ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x%x size 0x%x", off, size)
 		c.res.Corruptions++
 		return
 	}
 	bits := c.im.g.clusterBits
 	c.referenceClusters(off>>bits, (off+size-1)>>bits-off>>bits+1)
+}
+
+// outside reports whether a range ends behind the file. The last cluster may be cut
+// by the end of the file.
+func (c *checker) outside(off, size int64) bool {
+	return off > math.MaxInt64-size || off+size-c.fileLen >= c.im.g.clusterSize
 }
 
 func (c *checker) referenceClusters(first, n int64) {

@@ -81,9 +81,11 @@ func (format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, error) 
 	}
 	im.stored, im.l1Offset, im.l1Size = int64(im.h.size), int64(im.h.l1Offset), int64(im.h.l1Size)
 	if !req.Check {
-		if im.snapshots, err = im.readSnapshots(); err != nil {
+		t := snapshotTable{im: im, count: im.h.snapshotCount}
+		if err := t.read(ctx); err != nil {
 			return nil, err
 		}
+		im.snapshots = t.list
 	}
 	if im.bitmaps, err = im.readBitmaps(); err != nil {
 		return nil, err
@@ -269,38 +271,6 @@ func (im *image) readExtensions() error {
 		}
 	}
 	return nil
-}
-
-func (im *image) readSnapshots() ([]snapshot, error) {
-	if im.h.snapshotCount == 0 {
-		return nil, nil
-	}
-	var list []snapshot
-	off := int64(im.h.snapshotsOffset)
-	start := off
-	buf := make([]byte, snapshotFixed+snapshotExtraMax+2*0xffff)
-	for i := uint32(0); i < im.h.snapshotCount; i++ {
-		if off >= im.fileSize || off-start > snapshotsMaxBytes {
-			return nil, &sdk.Error{Text: "Snapshot table is too large", Class: sdk.ErrCorrupt}
-		}
-		var s snapshot
-		var n int64
-		var err error
-		for _, size := range []int{4096, len(buf)} { // few entries need all
-			if err := readZeros(im.main, buf[:size], off); err != nil {
-				return nil, fmt.Errorf("snapshot table: %w", err)
-			}
-			if n, err = s.decode(buf[:size]); !errors.Is(err, ondisk.ErrShort) {
-				break
-			}
-		}
-		if err != nil {
-			return nil, fmt.Errorf("snapshot table: entry %d: %w", i, err)
-		}
-		list = append(list, s)
-		off += n
-	}
-	return list, nil
 }
 
 // bitmapsExt returns the bitmaps extension, nil where there is none that

@@ -3,7 +3,6 @@ package qcow2
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"math"
 
 	"github.com/instar-img/instar/sdk"
@@ -139,7 +138,7 @@ func (c *checker) readSnapshotTable() error {
 	}
 	h.snapshotCount = binary.BigEndian.Uint32(fixed[:])
 	h.snapshotsOffset = binary.BigEndian.Uint64(fixed[4:])
-	dropped, shortened := int64(0), int64(0)
+	shortened := int64(0)
 	if h.snapshotCount > maxSnapshots && c.fixErrors() {
 		over := h.snapshotCount - maxSnapshots
 		c.say("Discarding %d overhanging snapshots", over)
@@ -155,67 +154,22 @@ func (c *checker) readSnapshotTable() error {
 		}
 		return errEINVAL
 	}
-	tooBig := func(text, hint string) error {
-		c.say("ERROR failed to read the snapshot table: %s", text)
-		c.say("%s", hint)
-		return errEFBIG
+	t := snapshotTable{im: im, count: h.snapshotCount}
+	if c.fixErrors() {
+		t.discard = c.say
 	}
-	off, length := int64(h.snapshotsOffset), int64(0)
-	fixedPart := make([]byte, snapshotFixed)
-	for i := uint32(0); i < h.snapshotCount; i++ {
-		before := off
-		off = (off + 7) &^ 7
-		length = (length + 7) &^ 7
-		if err := readZeros(im.main, fixedPart, off); err != nil {
-			c.say("ERROR failed to read the snapshot table: Failed to read snapshot table: %v", err)
-			return err
+	if err := t.read(c.ctx); err != nil {
+		c.say("ERROR failed to read the snapshot table: %v", err)
+		if hint := sdk.HintOf(err); hint != "" {
+			c.say("%s", hint)
+			return errEFBIG
 		}
-		extra := int64(binary.BigEndian.Uint32(fixedPart[36:]))
-		names := int64(binary.BigEndian.Uint16(fixedPart[12:])) + int64(binary.BigEndian.Uint16(fixedPart[14:]))
-		keep := extra
-		if extra > snapshotExtraMax {
-			if !c.fixErrors() {
-				return tooBig(fmt.Sprintf("Too much extra metadata in snapshot table entry %d", i),
-					"You can force-remove this extra metadata with qemu-img check -r all")
-			}
-			c.say("Discarding too much extra metadata in snapshot table entry %d (%d > %d)", i, extra, snapshotExtraMax)
-			dropped++
-			keep = snapshotExtraMax
-		}
-		// Read it as if it had no more extra data than we keep.
-		b := make([]byte, snapshotFixed+keep+names)
-		if err := readZeros(im.main, b[:snapshotFixed+keep], off); err != nil {
-			return err
-		}
-		if err := readZeros(im.main, b[snapshotFixed+keep:], off+snapshotFixed+extra); err != nil {
-			return err
-		}
-		binary.BigEndian.PutUint32(b[36:], uint32(keep))
-		var s snapshot
-		if _, err := s.decode(b); err != nil {
-			return errEINVAL
-		}
-		off += snapshotFixed + extra + names
-		length += snapshotFixed + keep + names
-		if length > snapshotsMaxBytes || off-int64(h.snapshotsOffset) > math.MaxInt32 {
-			left := h.snapshotCount - i
-			if !c.fixErrors() {
-				return tooBig("Snapshot table is too big",
-					fmt.Sprintf("You can force-remove all %d overhanging snapshots with qemu-img check -r all", left))
-			}
-			c.say("Discarding %d overhanging snapshots (snapshot table is too big)", left)
-			shortened += int64(left)
-			h.snapshotCount, off = i, before
-			break
-		}
-		c.snapshots = append(c.snapshots, s)
-		if err := c.ctx.Err(); err != nil {
-			return err
-		}
+		return errEIO
 	}
-	if h.snapshotCount > 0 {
-		c.snapSize = off - int64(h.snapshotsOffset)
-	}
+	c.snapshots, c.snapSize = t.list, t.size
+	dropped := t.cut
+	shortened += int64(h.snapshotCount - t.count)
+	h.snapshotCount = t.count
 	c.res.Corruptions += shortened + dropped
 	if shortened > 0 {
 		if _, err := im.main.WriteAt(binary.BigEndian.AppendUint32(nil, h.snapshotCount), fieldSnapshotCount); err != nil {
@@ -272,7 +226,9 @@ func (c *checker) fixSnapshotTable() error {
 	if err := im.main.Sync(); err != nil {
 		return err
 	}
-	if err := s.release(old, c.snapSize); err != nil {
+	if c.outside(old, c.snapSize) {
+		c.say("qcow2_free_clusters failed: Invalid argument") // it was not counted either
+	} else if err := s.release(old, c.snapSize); err != nil {
 		return err
 	}
 	if err := im.writeRefcounts(s); err != nil {

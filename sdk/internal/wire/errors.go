@@ -35,7 +35,7 @@ var classes = []struct {
 
 // Detail returns err's class, errno and option error, and its status code.
 func Detail(err error) (*pb.ErrorDetail, codes.Code) {
-	d := &pb.ErrorDetail{}
+	d := &pb.ErrorDetail{Hint: Prose(sdk.HintOf(err))}
 	code := codes.Unknown
 	for _, c := range classes {
 		if errors.Is(err, c.err) {
@@ -136,7 +136,7 @@ func FromDetail(text string, d *pb.ErrorDetail) error {
 		}
 		return &remoteError{text: OneLine(text), class: oe}
 	}
-	e := &remoteError{text: OneLine(text)}
+	e := &remoteError{text: OneLine(text), hint: OneLine(d.GetHint())}
 	for _, c := range classes {
 		if c.name == d.GetClass() {
 			e.class = c.err
@@ -153,7 +153,11 @@ type remoteError struct {
 	text  string
 	class error
 	errno error
+	hint  string
 }
+
+// ErrorHint is what sdk.HintOf returns.
+func (e *remoteError) ErrorHint() string { return e.hint }
 
 func (e *remoteError) Error() string { return e.text }
 

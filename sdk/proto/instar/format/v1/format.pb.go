@@ -257,7 +257,9 @@ type ErrorDetail struct {
 	// errno of a failed system call, 0 for none.
 	Errno int32 `protobuf:"varint,2,opt,name=errno,proto3" json:"errno,omitempty"`
 	// option is set for an *option.Error.
-	Option        *OptionError `protobuf:"bytes,3,opt,name=option,proto3" json:"option,omitempty"`
+	Option *OptionError `protobuf:"bytes,3,opt,name=option,proto3" json:"option,omitempty"`
+	// hint says what can be done about it, on one line; empty for none.
+	Hint          string `protobuf:"bytes,4,opt,name=hint,proto3" json:"hint,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -311,6 +313,13 @@ func (x *ErrorDetail) GetOption() *OptionError {
 		return x.Option
 	}
 	return nil
+}
+
+func (x *ErrorDetail) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
 }
 
 type OptionError struct {
@@ -4015,11 +4024,12 @@ var File_instar_format_v1_format_proto protoreflect.FileDescriptor
 
 const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\n" +
-	"\x1dinstar/format/v1/format.proto\x12\x10instar.format.v1\"p\n" +
+	"\x1dinstar/format/v1/format.proto\x12\x10instar.format.v1\"\x84\x01\n" +
 	"\vErrorDetail\x12\x14\n" +
 	"\x05class\x18\x01 \x01(\tR\x05class\x12\x14\n" +
 	"\x05errno\x18\x02 \x01(\x05R\x05errno\x125\n" +
-	"\x06option\x18\x03 \x01(\v2\x1d.instar.format.v1.OptionErrorR\x06option\"}\n" +
+	"\x06option\x18\x03 \x01(\v2\x1d.instar.format.v1.OptionErrorR\x06option\x12\x12\n" +
+	"\x04hint\x18\x04 \x01(\tR\x04hint\"}\n" +
 	"\vOptionError\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value\x12\x16\n" +
