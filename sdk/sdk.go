@@ -178,8 +178,8 @@ type OpenRequest struct {
 }
 
 // Image is an opened image: one layer, metadata only. Methods are safe for
-// concurrent use. The optional interfaces are Checker, Decoder, Attacher and
-// Writer.
+// concurrent use. The optional interfaces are Checker, Decoder, Attacher, Warner
+// and Writer.
 type Image interface {
 	// Info describes the image. It is called once, right after Open, and again
 	// after Attach.
@@ -193,6 +193,17 @@ type Image interface {
 	// Close drops the files. The core closes them itself.
 	Close() error
 }
+
+// Warner is implemented by images that have something to tell a user who opens
+// them, beside their Info.
+type Warner interface {
+	// Warnings returns one line each, as they stand behind "warning: ". It is called
+	// once, right after Open. The core prints MaxWarnings of an image at most.
+	Warnings() []string
+}
+
+// MaxWarnings is how many warnings of an image count.
+const MaxWarnings = 8
 
 // As returns img as one of the optional interfaces (Checker, Decoder, Attacher,
 // Writer), or false where the image does not have it. It serves images at the

@@ -305,6 +305,20 @@ func (im *image) bitmapsExt() (*bitmapsExtension, error) {
 	return nil, nil
 }
 
+var _ sdk.Warner = (*image)(nil)
+
+// Warnings has qemu-img's words for bitmaps that do not count.
+func (im *image) Warnings() []string {
+	if im.h.autoclear&autoclearBitmaps != 0 || !slices.ContainsFunc(im.ext, func(e extension) bool { return e.kind == extBitmaps }) {
+		return nil
+	}
+	text := "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
+	if im.h.version < 3 {
+		text = "This qcow2 v2 image contains bitmaps, but they may have been modified by a program without persistent bitmap support; so now they must all be considered inconsistent"
+	}
+	return []string{text, "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix."}
+}
+
 func (im *image) readBitmaps() ([]bitmapEntry, error) {
 	x, err := im.bitmapsExt()
 	if x == nil || err != nil {

@@ -176,7 +176,7 @@ func (f *Format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, erro
 	}
 	return &Image{
 		readWrite: req.ReadWrite,
-		format:    f, id: r.GetImage(), info: info,
+		format:    f, id: r.GetImage(), info: info, warnings: wire.FromWarnings(r.GetWarnings()),
 		checker: r.GetChecker(), decoder: r.GetDecoder(), attacher: r.GetAttacher(), writer: r.GetWriter(),
 		bitmapReader: r.GetBitmapReader(), bitmapWriter: r.GetBitmapWriter(), inspector: r.GetInspector(),
 	}, nil
@@ -187,6 +187,8 @@ type Image struct {
 	format *Format
 	id     uint64
 	info   *sdk.Info
+
+	warnings []string
 
 	checker, decoder, attacher, writer    bool
 	bitmapReader, bitmapWriter, inspector bool
@@ -209,6 +211,8 @@ func (m *Image) Supports(iface any) bool {
 		return m.writer
 	case *sdk.Inspector:
 		return m.inspector
+	case *sdk.Warner:
+		return len(m.warnings) > 0
 	case *sdk.BitmapReader:
 		return m.bitmapReader
 	case *sdk.BitmapWriter:
@@ -220,6 +224,9 @@ func (m *Image) Supports(iface any) bool {
 // Info returns what the plugin said of the image when it was opened or files
 // were attached.
 func (m *Image) Info(context.Context) (*sdk.Info, error) { return m.info, nil }
+
+// Warnings implements sdk.Warner. There are not many, and each is one line.
+func (m *Image) Warnings() []string { return m.warnings }
 
 // closeTimeout bounds the wait for a plugin that has nothing left to do for an
 // image.

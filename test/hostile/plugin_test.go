@@ -281,6 +281,29 @@ func TestShouts(t *testing.T) {
 	})
 }
 
+// What a plugin warns of is a few lines, each behind the core's own words, and so is
+// its advice.
+func TestWarnings(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		lines int
+	}{{"warn-many", 9}, {"warn-long", 1}, {"warn-escapes", 2}, {"hint-open", 2}} {
+		l := install(t, c.name)
+		for _, args := range []string{"info -f @ src", "map -f @ src", "check -f @ src", "measure -f @ -O raw src", "compare -f @ -F raw src src"} {
+			r := l.run(strings.Fields(strings.ReplaceAll(args, "@", c.name))...)
+			lines := strings.Split(strings.TrimSuffix(r.Stderr, "\n"), "\n")
+			if len(lines) != c.lines || len(r.Stderr) > 8192 || control.MatchString(r.Stderr) || strings.Contains(r.Stderr, "\u202e") {
+				t.Errorf("%s: %s: %d lines: %q", c.name, args, len(lines), clip(r.Stderr))
+			}
+			for i, line := range lines {
+				if !strings.HasPrefix(line, "instar: ") && (i == 0 || c.name != "hint-open") {
+					t.Errorf("%s: %s: %q", c.name, args, clip(line))
+				}
+			}
+		}
+	}
+}
+
 // What a plugin prints is kept from the user, and does not stop it.
 func TestFlood(t *testing.T) {
 	forEach(t, "flood", func(t *testing.T, l *lying, p reached, words []string) {

@@ -30,6 +30,8 @@ type Opener struct {
 	Shared bool
 	// Warn gets what a user should read beside the result, a line each.
 	Warn func(string)
+
+	warned int // warnings of plugins so far
 }
 
 // Options says how to open an image.
@@ -184,7 +186,9 @@ func (o *Opener) openTop(ctx context.Context, walk *gate.Walk, path string, file
 		// Only what the image tells of its snapshots can answer this.
 		active := opts
 		active.Snapshot, active.Describe = "", true
-		layer, err := o.openLayer(ctx, walk, path, file, active)
+		quiet := *o // the second time says it all
+		quiet.Warn = nil
+		layer, err := quiet.openLayer(ctx, walk, path, file, active)
 		if err != nil {
 			return nil, couldNotOpen(opts.Name, err)
 		}
@@ -352,10 +356,31 @@ func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, fi
 	if layer.Info, err = layer.Image.Info(ctx); err != nil {
 		return nil, err
 	}
+	o.passOn(layer)
 	if layer.Info.Encrypted && !opts.Describe && !opts.Check {
 		return nil, errEncrypted
 	}
 	return layer, o.attach(ctx, walk, layer, opts)
+}
+
+// maxWarnings is how many warnings of plugins a chain may give.
+const maxWarnings = 64
+
+// passOn hands on what the plugin warns of.
+func (o *Opener) passOn(layer *Layer) {
+	w, ok := sdk.As[sdk.Warner](layer.Image)
+	if !ok || o.Warn == nil {
+		return
+	}
+	for _, text := range w.Warnings() {
+		if o.warned++; o.warned > maxWarnings {
+			if o.warned == maxWarnings+1 {
+				o.Warn("more warnings are left out")
+			}
+			return
+		}
+		o.Warn(text)
+	}
 }
 
 // errEncrypted has qemu-img's words for an image whose data nobody here can read.

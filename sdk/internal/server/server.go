@@ -194,6 +194,9 @@ func (s *Server) OpenImage(ctx context.Context, r *pb.OpenImageRequest) (*pb.Ope
 		return nil, wire.Status(err)
 	}
 	resp := &pb.OpenImageResponse{Info: wire.Info(info), Manifest: s.manifest().Fingerprint()}
+	if w, ok := sdk.As[sdk.Warner](img); ok {
+		resp.Warnings = wire.Warnings(w.Warnings())
+	}
 	_, resp.Checker = sdk.As[sdk.Checker](img)
 	_, resp.Decoder = sdk.As[sdk.Decoder](img)
 	_, resp.Attacher = sdk.As[sdk.Attacher](img)

@@ -101,10 +101,12 @@ const maxText = 2048
 
 // OneLine returns a text as one line of bounded length: what a plugin says must
 // not pass for what the core says, nor steer a terminal.
-func OneLine(s string) string {
-	cut := len(s) > maxText
+func OneLine(s string) string { return oneLine(s, maxText) }
+
+func oneLine(s string, most int) string {
+	cut := len(s) > most
 	if cut {
-		s = s[:maxText]
+		s = s[:most]
 	}
 	s = strings.ToValidUTF8(s, "?")
 	for _, r := range s {
@@ -125,6 +127,22 @@ func OneLine(s string) string {
 		s += "..."
 	}
 	return s
+}
+
+// Warnings returns texts for people as UTF-8.
+func Warnings(in []string) []string { return each(in, Prose) }
+
+// maxWarning bounds a warning, in bytes.
+const maxWarning = 512
+
+// FromWarnings returns what of a plugin's warnings a user gets to see.
+func FromWarnings(in []string) []string {
+	more := len(in) - sdk.MaxWarnings
+	out := each(in[:min(len(in), sdk.MaxWarnings)], func(s string) string { return oneLine(s, maxWarning) })
+	if more > 0 {
+		out = append(out, fmt.Sprintf("%d more warnings are left out", more))
+	}
+	return out
 }
 
 // FromDetail rebuilds an error of its text and detail.

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -97,6 +98,8 @@ func (l liar) at(point string) error {
 		for i := 0; ; i++ {
 			_ = i
 		}
+	case "hint":
+		return &sdk.Error{Text: "no", Hint: "\x1b[2J\x1b]0;owned\x07first\nsecond line\r\n" + strings.Repeat("long ", 100_000), Class: sdk.ErrCorrupt}
 	case "shout":
 		return fmt.Errorf("\x1b[2J\x1b]0;owned\x07first\nsecond line\r\n%s", strings.Repeat("long ", 100_000))
 	}
@@ -371,6 +374,20 @@ func (m *image) Map(ctx context.Context, off, length int64, yield func([]sdk.Ext
 	}
 	yield([]sdk.Extent{one})
 	return nil
+}
+
+// Warnings implements sdk.Warner.
+func (m *image) Warnings() []string {
+	if m.how != "warn" {
+		return nil
+	}
+	switch m.when {
+	case "many":
+		return slices.Repeat([]string{"again"}, 10_000)
+	case "long":
+		return []string{strings.Repeat("long ", 10_000)}
+	}
+	return []string{"\x1b[2J\x1b]0;owned\x07first\nsecond line\r\n\u202eright to left", "\xff\xfe"}
 }
 
 func (m *image) Close() error { return m.at("close") }

@@ -1745,7 +1745,10 @@ type OpenImageResponse struct {
 	Inspector    bool                   `protobuf:"varint,9,opt,name=inspector,proto3" json:"inspector,omitempty"`
 	// manifest is the fingerprint of the manifest. It saves a Describe to who only
 	// wants to know whether the plugin is what its manifest says.
-	Manifest      string `protobuf:"bytes,10,opt,name=manifest,proto3" json:"manifest,omitempty"`
+	Manifest string `protobuf:"bytes,10,opt,name=manifest,proto3" json:"manifest,omitempty"`
+	// warnings are what a user should know of the image beside its Info, each on
+	// one line. The core takes only so many, and so much of each.
+	Warnings      []string `protobuf:"bytes,11,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1848,6 +1851,13 @@ func (x *OpenImageResponse) GetManifest() string {
 		return x.Manifest
 	}
 	return ""
+}
+
+func (x *OpenImageResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
 }
 
 type AttachFilesRequest struct {
@@ -4146,7 +4156,7 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\x05check\x18\x03 \x01(\bR\x05check\x12\x1a\n" +
 	"\bsnapshot\x18\x04 \x01(\tR\bsnapshot\x12\x12\n" +
 	"\x04name\x18\x05 \x01(\tR\x04name\x12\x18\n" +
-	"\aguessed\x18\x06 \x01(\bR\aguessed\"\xc1\x02\n" +
+	"\aguessed\x18\x06 \x01(\bR\aguessed\"\xdd\x02\n" +
 	"\x11OpenImageResponse\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\x12*\n" +
 	"\x04info\x18\x02 \x01(\v2\x16.instar.format.v1.InfoR\x04info\x12\x18\n" +
@@ -4158,7 +4168,8 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\rbitmap_writer\x18\b \x01(\bR\fbitmapWriter\x12\x1c\n" +
 	"\tinspector\x18\t \x01(\bR\tinspector\x12\x1a\n" +
 	"\bmanifest\x18\n" +
-	" \x01(\tR\bmanifest\"^\n" +
+	" \x01(\tR\bmanifest\x12\x1a\n" +
+	"\bwarnings\x18\v \x03(\tR\bwarnings\"^\n" +
 	"\x12AttachFilesRequest\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\x122\n" +
 	"\x05files\x18\x02 \x03(\v2\x1c.instar.format.v1.FileTicketR\x05files\"A\n" +
