@@ -114,6 +114,8 @@ type Manifest struct {
 	// Connection is ConnectionInherited where the program takes the connection that
 	// it inherits. Package serve sets it.
 	Connection string `json:"connection,omitempty"`
+	// OpenOptions are the keys that OpenRequest.Options may have.
+	OpenOptions []string `json:"open-options,omitempty"`
 	// RuntimeRoots are directories a plugin that is not one static binary must
 	// read and execute from (an interpreter's, say).
 	RuntimeRoots []string `json:"runtime-roots,omitempty"`
@@ -175,6 +177,9 @@ type OpenRequest struct {
 	// Guessed: nobody has said that the file is of this format. The fallback format
 	// refuses then what bears the mark of another.
 	Guessed bool
+	// Options are what the user says of how the file is to be read, by the keys that
+	// the manifest lists as OpenOptions. The values are as they were given.
+	Options map[string]string
 }
 
 // Image is an opened image: one layer, metadata only. Methods are safe for

@@ -104,7 +104,7 @@ func (img *image) Inspect(context.Context) (*sdk.Inspection, error) {
 // read returns up to n bytes of the file from off.
 func (img *image) read(off, n int64) ([]byte, error) {
 	b := make([]byte, n)
-	got, err := img.file.ReadAt(b, off)
+	got, err := img.file.ReadAt(b, img.base+off)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}

@@ -7,6 +7,7 @@ import (
 
 const (
 	keySize          = "size"
+	keyOffset        = "offset"
 	keyNoCOW         = "nocow"
 	keyPreallocation = "preallocation"
 	keyExtentHint    = "extent_size_hint"
@@ -23,6 +24,8 @@ func description() sdk.Description {
 			// Any file is a raw image when it is nothing else.
 			Probes: []sdk.Probe{{Score: 1}},
 			Rules:  rules(),
+			// A part of the file can be the disk.
+			OpenOptions: []string{keyOffset, keySize},
 		},
 		Create: option.Schema{
 			{Name: keySize, Type: option.Size, Help: "Virtual disk size"},

@@ -20,7 +20,7 @@ func (img *image) BeginWrite(_ context.Context, req sdk.WriteRequest) (sdk.Write
 	if req.Compressed {
 		return sdk.WriteInfo{}, &sdk.Error{Text: "Compression not supported for this file format", Class: sdk.ErrUnsupported}
 	}
-	return sdk.WriteInfo{Unit: sectorSize, InPlace: true}, nil
+	return sdk.WriteInfo{Unit: sectorSize, InPlace: img.base == 0}, nil
 }
 
 func (img *image) checkRuns(runs []sdk.Run) error {
@@ -39,7 +39,7 @@ func (img *image) Place(_ context.Context, runs []sdk.Run) ([]sdk.Placement, err
 	}
 	places := make([]sdk.Placement, len(runs))
 	for i, r := range runs {
-		places[i] = sdk.Placement{Offset: r.Offset, Length: r.Length, HostOffset: r.Offset}
+		places[i] = sdk.Placement{Offset: r.Offset, Length: r.Length, HostOffset: img.base + r.Offset}
 	}
 	return places, nil
 }
@@ -53,10 +53,10 @@ func (img *image) Zero(ctx context.Context, runs []sdk.Run) error {
 	buf := make([]byte, 1<<20)
 	zeros := make([]byte, len(buf))
 	for _, r := range runs {
-		if sdk.Discard(img.file, r.Offset, r.Length) {
+		if sdk.Discard(img.file, img.base+r.Offset, r.Length) {
 			continue
 		}
-		for at, end := r.Offset, r.Offset+r.Length; at < end; {
+		for at, end := img.base+r.Offset, img.base+r.Offset+r.Length; at < end; {
 			if err := ctx.Err(); err != nil {
 				return err
 			}
@@ -87,8 +87,8 @@ func (img *image) Finish(context.Context) error {
 	if err != nil {
 		return err
 	}
-	if length < img.size {
-		return img.file.Truncate(img.size)
+	if length < img.base+img.size {
+		return img.file.Truncate(img.base + img.size)
 	}
 	return nil
 }

@@ -160,7 +160,7 @@ func (f *Format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, erro
 	wire.WarmOpen()
 	r, err := f.rpc.OpenImage(ctx, &pb.OpenImageRequest{
 		Files: tickets, ReadWrite: req.ReadWrite, Check: req.Check, Snapshot: wire.Text(req.Snapshot), Name: wire.Text(req.Name),
-		Guessed: req.Guessed,
+		Guessed: req.Guessed, Options: wire.Options(req.Options),
 	}, grpc.MaxCallRecvMsgSize(maxMessage))
 	if r.GetManifest() == "" || r.GetManifest() != f.prints {
 		if notReady := f.Ready(ctx); notReady != nil {

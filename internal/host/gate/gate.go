@@ -142,14 +142,33 @@ func (w *Walk) OpenPart(referrer string, ref sdk.Reference, readWrite bool) (*os
 	if err != nil {
 		return nil, "", err
 	}
-	if seen, err := w.seen(f); err != nil || seen != "" {
+	if err := w.apart(f, path, referrer); err != nil {
 		f.Close()
-		if err == nil {
-			err = &Error{Reference: path, Referrer: referrer, Rule: "it is an image of the same chain (" + seen + "), not a part of one"}
-		}
 		return nil, "", err
 	}
 	return f, path, nil
+}
+
+// OpenNamedPart opens what the user named as a part of the image at referrer.
+func (w *Walk) OpenNamedPart(path, referrer string, readWrite bool) (*os.File, error) {
+	f, err := openFile(path, readWrite)
+	if err != nil {
+		return nil, named(err, path, "")
+	}
+	if err := w.apart(f, path, referrer); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// apart refuses a file that is an image of the chain itself.
+func (w *Walk) apart(f *os.File, path, referrer string) error {
+	seen, err := w.seen(f)
+	if err == nil && seen != "" {
+		err = &Error{Reference: path, Referrer: referrer, Rule: "it is an image of the same chain (" + seen + "), not a part of one"}
+	}
+	return err
 }
 
 // first opens the first of a reference's names under which there is a file.

@@ -9,8 +9,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/instar-img/instar/internal/host/discover"
@@ -49,6 +51,10 @@ type Options struct {
 	Describe bool
 	// Name is what messages call the image; empty: its path.
 	Name string
+	// Own are options of the image's format.
+	Own map[string]string
+	// Data, where not nil, is the file with the image's data.
+	Data *Override
 	// Overrides replace what images say of their backing files, by depth.
 	Overrides []Override
 }
@@ -313,6 +319,7 @@ func (o *Opener) openBacking(ctx context.Context, walk *gate.Walk, layer *Layer,
 	}
 	next, err := o.openLayer(ctx, walk, path, file, Options{
 		Format: format, Through: over.Through, Protocol: over.Protocol, Access: over.Access, Describe: describe,
+		Own: over.Own, Data: over.Data,
 	})
 	if err != nil {
 		return nil, path, err
@@ -341,6 +348,11 @@ func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, fi
 	if layer.Plugin, err = o.choose(path, file, opts); err != nil {
 		return nil, err
 	}
+	for _, key := range slices.Sorted(maps.Keys(opts.Own)) {
+		if !slices.Contains(layer.Plugin.Manifest.OpenOptions, key) {
+			return nil, fmt.Errorf("Block format '%s' does not support the option '%s'", layer.Plugin.Manifest.Name, key)
+		}
+	}
 	format, err := o.Session.Start(ctx, layer.Plugin)
 	if err != nil {
 		return nil, err
@@ -348,7 +360,7 @@ func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, fi
 	layer.Image, err = format.Open(ctx, sdk.OpenRequest{
 		Files:     []sdk.NamedFile{{Role: sdk.RoleMain, File: sdk.NewFile(file)}},
 		ReadWrite: opts.ReadWrite, Check: opts.Check, Snapshot: opts.Snapshot, Name: filepath.Base(path),
-		Guessed: opts.Format == "" && !opts.Protocol,
+		Guessed: opts.Format == "" && !opts.Protocol, Options: opts.Own,
 	})
 	if err != nil {
 		return nil, err
@@ -401,6 +413,9 @@ func (o *Opener) lock(file *os.File, path string, opts Options) error {
 // attach hands the plugin the further files of its image that the gate grants.
 func (o *Opener) attach(ctx context.Context, walk *gate.Walk, layer *Layer, opts Options) error {
 	var granted []sdk.NamedFile
+	if err := o.admitData(layer, opts); err != nil {
+		return err
+	}
 	for _, ref := range layer.Info.References {
 		if ref.Kind == sdk.RefBacking || ref.Role == sdk.RoleMain {
 			continue
@@ -408,12 +423,7 @@ func (o *Opener) attach(ctx context.Context, walk *gate.Walk, layer *Layer, opts
 		if ref.Kind == sdk.RefData && opts.Describe {
 			continue // QEMU describes an image without its data file
 		}
-		file, path, err := walk.OpenPart(layer.Path, ref, opts.ReadWrite)
-		if err == nil {
-			if err = o.lock(file, path, opts); err != nil {
-				file.Close()
-			}
-		}
+		file, path, err := o.openPart(walk, layer, ref, opts)
 		if err != nil {
 			if ref.Required && !opts.Check {
 				return err
@@ -437,6 +447,48 @@ func (o *Opener) attach(ctx context.Context, walk *gate.Walk, layer *Layer, opts
 	var err error
 	layer.Info, err = layer.Image.Info(ctx)
 	return err
+}
+
+// openPart opens and locks what a reference of the image names, or the data file
+// that the user names instead, who need not be asked whether he trusts himself.
+func (o *Opener) openPart(walk *gate.Walk, layer *Layer, ref sdk.Reference, opts Options) (file *os.File, path string, err error) {
+	if data := opts.Data; ref.Kind == sdk.RefData && data != nil {
+		path = data.Path
+		file, err = walk.OpenNamedPart(path, layer.Path, opts.ReadWrite)
+		opts.Access = data.Access
+	} else {
+		file, path, err = walk.OpenPart(layer.Path, ref, opts.ReadWrite)
+	}
+	if err != nil || opts.Unlocked {
+		return file, path, err
+	}
+	if err := o.lock(file, path, opts); err != nil {
+		file.Close()
+		return nil, "", err
+	}
+	return file, path, nil
+}
+
+// admitData refuses a data file for an image that has none, and one whose content is
+// not to be taken as it is.
+func (o *Opener) admitData(layer *Layer, opts Options) error {
+	if opts.Data == nil || opts.Describe {
+		return nil
+	}
+	if !slices.ContainsFunc(layer.Info.References, func(r sdk.Reference) bool { return r.Kind == sdk.RefData }) {
+		return errors.New("'data-file' can only be set for images with an external data file")
+	}
+	for _, name := range append([]string{opts.Data.Format}, opts.Data.Through...) {
+		if name == "" {
+			continue
+		}
+		if p, err := o.Session.Plugins.ByName(name); err != nil {
+			return err
+		} else if p != o.Session.Plugins.Fallback() {
+			return fmt.Errorf("data-file.driver=%s: only what takes any content as it is can hold an image's data: %w", name, sdk.ErrUnsupported)
+		}
+	}
+	return nil
 }
 
 // choose returns the plugin for a named format, or the one whose probe fits.

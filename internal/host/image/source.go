@@ -1,12 +1,14 @@
 package image
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
 
+	"github.com/instar-img/instar/sdk"
 	"github.com/instar-img/instar/sdk/option"
 )
 
@@ -21,6 +23,10 @@ type Source struct {
 	// looked at for a format.
 	Protocol bool
 	Access
+	// Own are the options of the image's format, by key.
+	Own map[string]string
+	// Data is the file that holds the image's data, nil for the one it names itself.
+	Data *Override
 	// Overrides are for the backing files, by depth.
 	Overrides []Override
 }
@@ -40,6 +46,8 @@ type Override struct {
 	Protocol     bool
 	None         bool // treat the image as if it had no backing file
 	Access
+	Own  map[string]string
+	Data *Override
 }
 
 // errNoFile has qemu-img's words.
@@ -169,7 +177,7 @@ func (n node) source() (*Source, error) {
 	default:
 		return nil, errors.New("A block device must be specified for \"file\"")
 	}
-	s := &Source{Path: top.path, Format: top.format, Through: top.through, Protocol: top.protocol, Access: top.access}
+	s := &Source{Path: top.path, Format: top.format, Through: top.through, Protocol: top.protocol, Access: top.access, Own: top.own, Data: top.data}
 	for child, ok := n["backing"]; ok; {
 		var over Override
 		b, isNode := child.(node)
@@ -182,7 +190,7 @@ func (n node) source() (*Source, error) {
 			if l.hasPath && l.path == "" {
 				return nil, fmt.Errorf("backing: %w", errNoFile)
 			}
-			over = Override{Path: l.path, Format: l.format, Through: l.through, Protocol: l.protocol, Access: l.access}
+			over = Override{Path: l.path, Format: l.format, Through: l.through, Protocol: l.protocol, Access: l.access, Own: l.own, Data: l.data}
 		case child == nil || child == "":
 			over.None = true
 		default:
@@ -204,6 +212,8 @@ type layerOptions struct {
 	protocol     bool
 	through      []string
 	access       Access
+	own          map[string]string
+	data         *Override
 }
 
 // protocols are the drivers that are the file itself.
@@ -234,15 +244,67 @@ func (n node) image(l *layerOptions) error {
 			}
 		case "file":
 			err = fileNode(v, l)
+		case string(sdk.RefData):
+			err = dataNode(v, l)
 		default:
 			if err = n.common(key, l); errors.Is(err, errUnknownOption) {
-				err = fmt.Errorf("image option %q is not supported: formats take none of their own when an image is opened (accepted: driver, file.filename, file.driver, file.locking, backing.*, force-share, read-only, and those that only advise)", key)
+				err = l.keep(key, v)
 			}
 		}
 		if err != nil {
 			return err
 		}
 	}
+	return nil
+}
+
+// keep notes an option of the format's own.
+func (l *layerOptions) keep(key string, value any) error {
+	var text string
+	switch v := value.(type) {
+	case string:
+		text = v
+	case bool:
+		text = map[bool]string{true: "on", false: "off"}[v]
+	case json.Number:
+		text = v.String()
+	default:
+		return fmt.Errorf("image option %q is not supported (accepted: driver, file.filename, file.driver, file.locking, backing.*, data-file.*, force-share, read-only, those that only advise, and the format's own)", key)
+	}
+	if l.own == nil {
+		l.own = map[string]string{}
+	}
+	l.own[key] = text
+	return nil
+}
+
+// dataNode interprets what stands for the file with an image's data.
+func dataNode(v any, l *layerOptions) error {
+	child, ok := v.(node)
+	if !ok {
+		return fmt.Errorf("Cannot find device='%v' nor node-name='%[1]v'", v)
+	}
+	var data layerOptions
+	var err error
+	if _, nested := child["file"]; nested {
+		err = child.image(&data)
+	} else {
+		if data.format, _, err = child.text("driver"); slices.Contains(protocols, data.format) {
+			data.format = ""
+		}
+		if err == nil {
+			err = child.file("data-file.", &data)
+		}
+	}
+	switch {
+	case err != nil:
+		return fmt.Errorf("data-file: %w", err)
+	case data.path == "":
+		return fmt.Errorf("data-file: %w", errNoFile)
+	case len(data.own) > 0 || data.data != nil:
+		return errors.New("data-file: options of its format are not supported")
+	}
+	l.data = &Override{Path: data.path, Format: data.format, Through: data.through, Access: data.access}
 	return nil
 }
 
@@ -399,4 +461,5 @@ func (n node) oneOf(key string, accepted ...string) (string, error) {
 func (s *Source) Apply(opts *Options) {
 	opts.Format, opts.Through, opts.Protocol = s.Format, s.Through, s.Protocol
 	opts.Access, opts.Overrides = s.Access, s.Overrides
+	opts.Own, opts.Data = s.Own, s.Data
 }

@@ -181,7 +181,7 @@ func (s *Server) OpenImage(ctx context.Context, r *pb.OpenImageRequest) (*pb.Ope
 	}
 	img, err := s.format.Open(ctx, sdk.OpenRequest{
 		Files: named, ReadWrite: r.GetReadWrite(), Check: r.GetCheck(), Snapshot: wire.FromText(r.GetSnapshot()), Name: wire.FromText(r.GetName()),
-		Guessed: r.GetGuessed(),
+		Guessed: r.GetGuessed(), Options: wire.FromOptions(r.GetOptions()),
 	})
 	if err != nil {
 		closeAll(opened)

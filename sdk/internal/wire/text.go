@@ -73,6 +73,10 @@ func each(in []string, f func(string) string) []string {
 func identity(in map[string]string) map[string]string     { return eachValue(in, Text) }
 func fromIdentity(in map[string]string) map[string]string { return eachValue(in, FromText) }
 
+// Options and FromOptions convert what an image is opened with.
+func Options(in map[string]string) map[string]string     { return eachValue(in, Text) }
+func FromOptions(in map[string]string) map[string]string { return eachValue(in, FromText) }
+
 func eachValue(in map[string]string, f func(string) string) map[string]string {
 	if in == nil {
 		return nil

@@ -1649,13 +1649,15 @@ func (*ReleasePlanResponse) Descriptor() ([]byte, []int) {
 }
 
 type OpenImageRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Files         []*FileTicket          `protobuf:"bytes,1,rep,name=files,proto3" json:"files,omitempty"`
-	ReadWrite     bool                   `protobuf:"varint,2,opt,name=read_write,json=readWrite,proto3" json:"read_write,omitempty"`
-	Check         bool                   `protobuf:"varint,3,opt,name=check,proto3" json:"check,omitempty"`
-	Snapshot      string                 `protobuf:"bytes,4,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
-	Name          string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`
-	Guessed       bool                   `protobuf:"varint,6,opt,name=guessed,proto3" json:"guessed,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Files     []*FileTicket          `protobuf:"bytes,1,rep,name=files,proto3" json:"files,omitempty"`
+	ReadWrite bool                   `protobuf:"varint,2,opt,name=read_write,json=readWrite,proto3" json:"read_write,omitempty"`
+	Check     bool                   `protobuf:"varint,3,opt,name=check,proto3" json:"check,omitempty"`
+	Snapshot  string                 `protobuf:"bytes,4,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	Name      string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`
+	Guessed   bool                   `protobuf:"varint,6,opt,name=guessed,proto3" json:"guessed,omitempty"`
+	// options are those of the manifest's open options that the user gave.
+	Options       map[string]string `protobuf:"bytes,7,rep,name=options,proto3" json:"options,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1730,6 +1732,13 @@ func (x *OpenImageRequest) GetGuessed() bool {
 		return x.Guessed
 	}
 	return false
+}
+
+func (x *OpenImageRequest) GetOptions() map[string]string {
+	if x != nil {
+		return x.Options
+	}
+	return nil
 }
 
 type OpenImageResponse struct {
@@ -4148,7 +4157,7 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\x10EmitPlanResponse\"(\n" +
 	"\x12ReleasePlanRequest\x12\x12\n" +
 	"\x04plan\x18\x01 \x01(\x04R\x04plan\"\x15\n" +
-	"\x13ReleasePlanResponse\"\xc5\x01\n" +
+	"\x13ReleasePlanResponse\"\xcc\x02\n" +
 	"\x10OpenImageRequest\x122\n" +
 	"\x05files\x18\x01 \x03(\v2\x1c.instar.format.v1.FileTicketR\x05files\x12\x1d\n" +
 	"\n" +
@@ -4156,7 +4165,11 @@ const file_instar_format_v1_format_proto_rawDesc = "" +
 	"\x05check\x18\x03 \x01(\bR\x05check\x12\x1a\n" +
 	"\bsnapshot\x18\x04 \x01(\tR\bsnapshot\x12\x12\n" +
 	"\x04name\x18\x05 \x01(\tR\x04name\x12\x18\n" +
-	"\aguessed\x18\x06 \x01(\bR\aguessed\"\xdd\x02\n" +
+	"\aguessed\x18\x06 \x01(\bR\aguessed\x12I\n" +
+	"\aoptions\x18\a \x03(\v2/.instar.format.v1.OpenImageRequest.OptionsEntryR\aoptions\x1a:\n" +
+	"\fOptionsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xdd\x02\n" +
 	"\x11OpenImageResponse\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\x04R\x05image\x12*\n" +
 	"\x04info\x18\x02 \x01(\v2\x16.instar.format.v1.InfoR\x04info\x12\x18\n" +
@@ -4401,7 +4414,7 @@ func file_instar_format_v1_format_proto_rawDescGZIP() []byte {
 }
 
 var file_instar_format_v1_format_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_instar_format_v1_format_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
+var file_instar_format_v1_format_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
 var file_instar_format_v1_format_proto_goTypes = []any{
 	(OptionType)(0),               // 0: instar.format.v1.OptionType
 	(Disposition)(0),              // 1: instar.format.v1.Disposition
@@ -4467,7 +4480,8 @@ var file_instar_format_v1_format_proto_goTypes = []any{
 	(*FinishWriteResponse)(nil),   // 61: instar.format.v1.FinishWriteResponse
 	nil,                           // 62: instar.format.v1.OptionKey.SynonymsEntry
 	nil,                           // 63: instar.format.v1.BackingInfo.IdentityEntry
-	nil,                           // 64: instar.format.v1.Info.IdentityEntry
+	nil,                           // 64: instar.format.v1.OpenImageRequest.OptionsEntry
+	nil,                           // 65: instar.format.v1.Info.IdentityEntry
 }
 var file_instar_format_v1_format_proto_depIdxs = []int32{
 	5,  // 0: instar.format.v1.ErrorDetail.option:type_name -> instar.format.v1.OptionError
@@ -4489,70 +4503,71 @@ var file_instar_format_v1_format_proto_depIdxs = []int32{
 	15, // 16: instar.format.v1.MeasurePlanRequest.bitmaps:type_name -> instar.format.v1.BitmapInfo
 	6,  // 17: instar.format.v1.EmitPlanRequest.files:type_name -> instar.format.v1.FileTicket
 	6,  // 18: instar.format.v1.OpenImageRequest.files:type_name -> instar.format.v1.FileTicket
-	30, // 19: instar.format.v1.OpenImageResponse.info:type_name -> instar.format.v1.Info
-	6,  // 20: instar.format.v1.AttachFilesRequest.files:type_name -> instar.format.v1.FileTicket
-	30, // 21: instar.format.v1.AttachFilesResponse.info:type_name -> instar.format.v1.Info
-	31, // 22: instar.format.v1.Info.references:type_name -> instar.format.v1.Reference
-	32, // 23: instar.format.v1.Info.snapshots:type_name -> instar.format.v1.Snapshot
-	33, // 24: instar.format.v1.Info.specific:type_name -> instar.format.v1.Fact
-	64, // 25: instar.format.v1.Info.identity:type_name -> instar.format.v1.Info.IdentityEntry
-	15, // 26: instar.format.v1.Info.bitmaps:type_name -> instar.format.v1.BitmapInfo
-	34, // 27: instar.format.v1.Fact.object:type_name -> instar.format.v1.Facts
-	34, // 28: instar.format.v1.Fact.list:type_name -> instar.format.v1.Facts
-	33, // 29: instar.format.v1.Facts.facts:type_name -> instar.format.v1.Fact
-	38, // 30: instar.format.v1.DecodeExtentsRequest.extents:type_name -> instar.format.v1.EncodedExtent
-	40, // 31: instar.format.v1.DecodeExtentsResponse.failed:type_name -> instar.format.v1.DecodeFailure
-	4,  // 32: instar.format.v1.DecodeFailure.detail:type_name -> instar.format.v1.ErrorDetail
-	3,  // 33: instar.format.v1.CheckImageRequest.fix:type_name -> instar.format.v1.Fix
-	43, // 34: instar.format.v1.CheckImageResponse.result:type_name -> instar.format.v1.CheckResult
-	46, // 35: instar.format.v1.InspectImageResponse.findings:type_name -> instar.format.v1.Finding
-	51, // 36: instar.format.v1.PlaceRunsRequest.runs:type_name -> instar.format.v1.Run
-	52, // 37: instar.format.v1.PlaceRunsResponse.placements:type_name -> instar.format.v1.Placement
-	51, // 38: instar.format.v1.ZeroRunsRequest.runs:type_name -> instar.format.v1.Run
-	58, // 39: instar.format.v1.EncodeUnitsRequest.units:type_name -> instar.format.v1.EncodeUnit
-	7,  // 40: instar.format.v1.FormatService.Describe:input_type -> instar.format.v1.DescribeRequest
-	12, // 41: instar.format.v1.FormatService.PlanCreate:input_type -> instar.format.v1.PlanCreateRequest
-	20, // 42: instar.format.v1.FormatService.MeasurePlan:input_type -> instar.format.v1.MeasurePlanRequest
-	22, // 43: instar.format.v1.FormatService.EmitPlan:input_type -> instar.format.v1.EmitPlanRequest
-	24, // 44: instar.format.v1.FormatService.ReleasePlan:input_type -> instar.format.v1.ReleasePlanRequest
-	26, // 45: instar.format.v1.FormatService.OpenImage:input_type -> instar.format.v1.OpenImageRequest
-	28, // 46: instar.format.v1.FormatService.AttachFiles:input_type -> instar.format.v1.AttachFilesRequest
-	35, // 47: instar.format.v1.FormatService.MapImage:input_type -> instar.format.v1.MapImageRequest
-	37, // 48: instar.format.v1.FormatService.DecodeExtents:input_type -> instar.format.v1.DecodeExtentsRequest
-	41, // 49: instar.format.v1.FormatService.CheckImage:input_type -> instar.format.v1.CheckImageRequest
-	44, // 50: instar.format.v1.FormatService.InspectImage:input_type -> instar.format.v1.InspectImageRequest
-	47, // 51: instar.format.v1.FormatService.CloseImage:input_type -> instar.format.v1.CloseImageRequest
-	49, // 52: instar.format.v1.FormatService.BeginWrite:input_type -> instar.format.v1.BeginWriteRequest
-	53, // 53: instar.format.v1.FormatService.PlaceRuns:input_type -> instar.format.v1.PlaceRunsRequest
-	55, // 54: instar.format.v1.FormatService.ZeroRuns:input_type -> instar.format.v1.ZeroRunsRequest
-	57, // 55: instar.format.v1.FormatService.EncodeUnits:input_type -> instar.format.v1.EncodeUnitsRequest
-	60, // 56: instar.format.v1.FormatService.FinishWrite:input_type -> instar.format.v1.FinishWriteRequest
-	16, // 57: instar.format.v1.FormatService.ReadBitmap:input_type -> instar.format.v1.ReadBitmapRequest
-	18, // 58: instar.format.v1.FormatService.WriteBitmap:input_type -> instar.format.v1.WriteBitmapRequest
-	8,  // 59: instar.format.v1.FormatService.Describe:output_type -> instar.format.v1.DescribeResponse
-	14, // 60: instar.format.v1.FormatService.PlanCreate:output_type -> instar.format.v1.PlanCreateResponse
-	21, // 61: instar.format.v1.FormatService.MeasurePlan:output_type -> instar.format.v1.MeasurePlanResponse
-	23, // 62: instar.format.v1.FormatService.EmitPlan:output_type -> instar.format.v1.EmitPlanResponse
-	25, // 63: instar.format.v1.FormatService.ReleasePlan:output_type -> instar.format.v1.ReleasePlanResponse
-	27, // 64: instar.format.v1.FormatService.OpenImage:output_type -> instar.format.v1.OpenImageResponse
-	29, // 65: instar.format.v1.FormatService.AttachFiles:output_type -> instar.format.v1.AttachFilesResponse
-	36, // 66: instar.format.v1.FormatService.MapImage:output_type -> instar.format.v1.MapImageResponse
-	39, // 67: instar.format.v1.FormatService.DecodeExtents:output_type -> instar.format.v1.DecodeExtentsResponse
-	42, // 68: instar.format.v1.FormatService.CheckImage:output_type -> instar.format.v1.CheckImageResponse
-	45, // 69: instar.format.v1.FormatService.InspectImage:output_type -> instar.format.v1.InspectImageResponse
-	48, // 70: instar.format.v1.FormatService.CloseImage:output_type -> instar.format.v1.CloseImageResponse
-	50, // 71: instar.format.v1.FormatService.BeginWrite:output_type -> instar.format.v1.BeginWriteResponse
-	54, // 72: instar.format.v1.FormatService.PlaceRuns:output_type -> instar.format.v1.PlaceRunsResponse
-	56, // 73: instar.format.v1.FormatService.ZeroRuns:output_type -> instar.format.v1.ZeroRunsResponse
-	59, // 74: instar.format.v1.FormatService.EncodeUnits:output_type -> instar.format.v1.EncodeUnitsResponse
-	61, // 75: instar.format.v1.FormatService.FinishWrite:output_type -> instar.format.v1.FinishWriteResponse
-	17, // 76: instar.format.v1.FormatService.ReadBitmap:output_type -> instar.format.v1.ReadBitmapResponse
-	19, // 77: instar.format.v1.FormatService.WriteBitmap:output_type -> instar.format.v1.WriteBitmapResponse
-	59, // [59:78] is the sub-list for method output_type
-	40, // [40:59] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	64, // 19: instar.format.v1.OpenImageRequest.options:type_name -> instar.format.v1.OpenImageRequest.OptionsEntry
+	30, // 20: instar.format.v1.OpenImageResponse.info:type_name -> instar.format.v1.Info
+	6,  // 21: instar.format.v1.AttachFilesRequest.files:type_name -> instar.format.v1.FileTicket
+	30, // 22: instar.format.v1.AttachFilesResponse.info:type_name -> instar.format.v1.Info
+	31, // 23: instar.format.v1.Info.references:type_name -> instar.format.v1.Reference
+	32, // 24: instar.format.v1.Info.snapshots:type_name -> instar.format.v1.Snapshot
+	33, // 25: instar.format.v1.Info.specific:type_name -> instar.format.v1.Fact
+	65, // 26: instar.format.v1.Info.identity:type_name -> instar.format.v1.Info.IdentityEntry
+	15, // 27: instar.format.v1.Info.bitmaps:type_name -> instar.format.v1.BitmapInfo
+	34, // 28: instar.format.v1.Fact.object:type_name -> instar.format.v1.Facts
+	34, // 29: instar.format.v1.Fact.list:type_name -> instar.format.v1.Facts
+	33, // 30: instar.format.v1.Facts.facts:type_name -> instar.format.v1.Fact
+	38, // 31: instar.format.v1.DecodeExtentsRequest.extents:type_name -> instar.format.v1.EncodedExtent
+	40, // 32: instar.format.v1.DecodeExtentsResponse.failed:type_name -> instar.format.v1.DecodeFailure
+	4,  // 33: instar.format.v1.DecodeFailure.detail:type_name -> instar.format.v1.ErrorDetail
+	3,  // 34: instar.format.v1.CheckImageRequest.fix:type_name -> instar.format.v1.Fix
+	43, // 35: instar.format.v1.CheckImageResponse.result:type_name -> instar.format.v1.CheckResult
+	46, // 36: instar.format.v1.InspectImageResponse.findings:type_name -> instar.format.v1.Finding
+	51, // 37: instar.format.v1.PlaceRunsRequest.runs:type_name -> instar.format.v1.Run
+	52, // 38: instar.format.v1.PlaceRunsResponse.placements:type_name -> instar.format.v1.Placement
+	51, // 39: instar.format.v1.ZeroRunsRequest.runs:type_name -> instar.format.v1.Run
+	58, // 40: instar.format.v1.EncodeUnitsRequest.units:type_name -> instar.format.v1.EncodeUnit
+	7,  // 41: instar.format.v1.FormatService.Describe:input_type -> instar.format.v1.DescribeRequest
+	12, // 42: instar.format.v1.FormatService.PlanCreate:input_type -> instar.format.v1.PlanCreateRequest
+	20, // 43: instar.format.v1.FormatService.MeasurePlan:input_type -> instar.format.v1.MeasurePlanRequest
+	22, // 44: instar.format.v1.FormatService.EmitPlan:input_type -> instar.format.v1.EmitPlanRequest
+	24, // 45: instar.format.v1.FormatService.ReleasePlan:input_type -> instar.format.v1.ReleasePlanRequest
+	26, // 46: instar.format.v1.FormatService.OpenImage:input_type -> instar.format.v1.OpenImageRequest
+	28, // 47: instar.format.v1.FormatService.AttachFiles:input_type -> instar.format.v1.AttachFilesRequest
+	35, // 48: instar.format.v1.FormatService.MapImage:input_type -> instar.format.v1.MapImageRequest
+	37, // 49: instar.format.v1.FormatService.DecodeExtents:input_type -> instar.format.v1.DecodeExtentsRequest
+	41, // 50: instar.format.v1.FormatService.CheckImage:input_type -> instar.format.v1.CheckImageRequest
+	44, // 51: instar.format.v1.FormatService.InspectImage:input_type -> instar.format.v1.InspectImageRequest
+	47, // 52: instar.format.v1.FormatService.CloseImage:input_type -> instar.format.v1.CloseImageRequest
+	49, // 53: instar.format.v1.FormatService.BeginWrite:input_type -> instar.format.v1.BeginWriteRequest
+	53, // 54: instar.format.v1.FormatService.PlaceRuns:input_type -> instar.format.v1.PlaceRunsRequest
+	55, // 55: instar.format.v1.FormatService.ZeroRuns:input_type -> instar.format.v1.ZeroRunsRequest
+	57, // 56: instar.format.v1.FormatService.EncodeUnits:input_type -> instar.format.v1.EncodeUnitsRequest
+	60, // 57: instar.format.v1.FormatService.FinishWrite:input_type -> instar.format.v1.FinishWriteRequest
+	16, // 58: instar.format.v1.FormatService.ReadBitmap:input_type -> instar.format.v1.ReadBitmapRequest
+	18, // 59: instar.format.v1.FormatService.WriteBitmap:input_type -> instar.format.v1.WriteBitmapRequest
+	8,  // 60: instar.format.v1.FormatService.Describe:output_type -> instar.format.v1.DescribeResponse
+	14, // 61: instar.format.v1.FormatService.PlanCreate:output_type -> instar.format.v1.PlanCreateResponse
+	21, // 62: instar.format.v1.FormatService.MeasurePlan:output_type -> instar.format.v1.MeasurePlanResponse
+	23, // 63: instar.format.v1.FormatService.EmitPlan:output_type -> instar.format.v1.EmitPlanResponse
+	25, // 64: instar.format.v1.FormatService.ReleasePlan:output_type -> instar.format.v1.ReleasePlanResponse
+	27, // 65: instar.format.v1.FormatService.OpenImage:output_type -> instar.format.v1.OpenImageResponse
+	29, // 66: instar.format.v1.FormatService.AttachFiles:output_type -> instar.format.v1.AttachFilesResponse
+	36, // 67: instar.format.v1.FormatService.MapImage:output_type -> instar.format.v1.MapImageResponse
+	39, // 68: instar.format.v1.FormatService.DecodeExtents:output_type -> instar.format.v1.DecodeExtentsResponse
+	42, // 69: instar.format.v1.FormatService.CheckImage:output_type -> instar.format.v1.CheckImageResponse
+	45, // 70: instar.format.v1.FormatService.InspectImage:output_type -> instar.format.v1.InspectImageResponse
+	48, // 71: instar.format.v1.FormatService.CloseImage:output_type -> instar.format.v1.CloseImageResponse
+	50, // 72: instar.format.v1.FormatService.BeginWrite:output_type -> instar.format.v1.BeginWriteResponse
+	54, // 73: instar.format.v1.FormatService.PlaceRuns:output_type -> instar.format.v1.PlaceRunsResponse
+	56, // 74: instar.format.v1.FormatService.ZeroRuns:output_type -> instar.format.v1.ZeroRunsResponse
+	59, // 75: instar.format.v1.FormatService.EncodeUnits:output_type -> instar.format.v1.EncodeUnitsResponse
+	61, // 76: instar.format.v1.FormatService.FinishWrite:output_type -> instar.format.v1.FinishWriteResponse
+	17, // 77: instar.format.v1.FormatService.ReadBitmap:output_type -> instar.format.v1.ReadBitmapResponse
+	19, // 78: instar.format.v1.FormatService.WriteBitmap:output_type -> instar.format.v1.WriteBitmapResponse
+	60, // [60:79] is the sub-list for method output_type
+	41, // [41:60] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_instar_format_v1_format_proto_init() }
@@ -4575,7 +4590,7 @@ func file_instar_format_v1_format_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_instar_format_v1_format_proto_rawDesc), len(file_instar_format_v1_format_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   61,
+			NumMessages:   62,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
