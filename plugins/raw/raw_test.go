@@ -173,3 +173,45 @@ func TestOpenGuessed(t *testing.T) {
 		}
 	}
 }
+
+// TestPart: whatever the options say, the disk lies in the file.
+func TestPart(t *testing.T) {
+	for _, c := range []struct {
+		length             int64
+		offset, size       string // empty: not given
+		base, stored, disk int64
+		fails              string
+	}{
+		{length: 4096, base: 0, stored: 4096, disk: 4096},
+		{length: 4096, offset: "1k", base: 1024, stored: 3072, disk: 3072},
+		{length: 4096, offset: "1k", size: "512", base: 1024, stored: 512, disk: 512},
+		{length: 4096, offset: "4k", base: 4096},
+		{length: 4096, size: "0"},
+		{length: 1000, offset: "100", base: 100, stored: 900, disk: 1024},
+		{length: 1000, offset: "1001", base: 1001, disk: 512}, // to the end of the last sector
+		{length: 4096, offset: "4097", fails: "Offset (4097) cannot be greater"},
+		{length: 4096, offset: "18446744073709551615", fails: "cannot be greater"},
+		{length: 4096, offset: "512", size: "4096", fails: "The sum of offset (512) and size (4096)"},
+		{length: 4096, offset: "512", size: "18446744073709551615", fails: "The sum of offset"},
+		{length: 4096, size: "100", fails: "not multiple of 512"},
+		{length: 4096, size: "x", fails: "Parameter 'size' expects"},
+		{length: 4096, offset: "-1", fails: "Parameter 'offset' expects"},
+	} {
+		options := map[string]string{}
+		for key, value := range map[string]string{keyOffset: c.offset, keySize: c.size} {
+			if value != "" {
+				options[key] = value
+			}
+		}
+		img := &image{}
+		err := img.choosePart(c.length, options)
+		switch {
+		case c.fails != "":
+			if err == nil || !strings.Contains(err.Error(), c.fails) {
+				t.Errorf("%d %v: %v, want %q", c.length, options, err, c.fails)
+			}
+		case err != nil || img.base != c.base || img.length != c.stored || img.size != c.disk:
+			t.Errorf("%d %v: %+v, %v", c.length, options, img, err)
+		}
+	}
+}
