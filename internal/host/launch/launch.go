@@ -237,6 +237,7 @@ func (p *Process) connect(client *plugin.Client, timeout time.Duration) error {
 	if err != nil {
 		return p.startError(err)
 	}
+	go io.Copy(io.Discard, p.child.Stdout()) // go-plugin gives up at a long line
 	address <- addr
 	p.major = client.NegotiatedVersion()
 	p.drain = time.AfterFunc(drainAfter, p.drainPrints)

@@ -459,7 +459,9 @@ func TestNoise(t *testing.T) {
 		mustDo(t, p, "hello")
 	}
 	quiet := started(t, "plain", Options{})
-	if got := mustDo(t, quiet, "flood"); got != "flooded" {
-		t.Errorf("got %q", got)
+	for _, what := range []string{"flood", "flood-stdout"} {
+		if got := mustDo(t, quiet, what); got != "flooded" {
+			t.Errorf("%s: got %q", what, got)
+		}
 	}
 }

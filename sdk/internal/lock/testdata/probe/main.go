@@ -156,6 +156,9 @@ func (p *probe) do(ctx context.Context, args []string) (string, error) {
 		defer f.Close()
 		b, err := io.ReadAll(f)
 		return string(b), err
+	case "open": // by name
+		b, err := os.ReadFile(args[1])
+		return string(b), err
 	case "write":
 		f, err := p.take(ctx, args[1])
 		if err != nil {
@@ -191,6 +194,9 @@ func (p *probe) do(ctx context.Context, args []string) (string, error) {
 	case "flood":
 		flood(8 << 20)
 		return "flooded", nil
+	case "flood-stdout": // in one line
+		_, err := syscall.Write(1, make([]byte, 8<<20)) // go-plugin replaced os.Stdout
+		return "flooded", err
 	case "open-many":
 		n := 0
 		for ; n < 100; n++ {
