@@ -580,14 +580,14 @@ func TestManifestDisagrees(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for from, to := range map[string]string{`"version": "1"`: `"version": "2"`, `"check",`: ``} {
-		changed := bytes.Replace(b, []byte(from), []byte(to), 1)
+	for _, c := range []struct{ from, to, key string }{{`"version": "1"`, `"version": "2"`, "version"}, {`"check",`, ``, "capabilities"}} {
+		changed := bytes.Replace(b, []byte(c.from), []byte(c.to), 1)
 		if bytes.Equal(changed, b) {
-			t.Fatalf("%s is not in %s", from, b)
+			t.Fatalf("%s is not in %s", c.from, b)
 		}
 		write(t, l.plugins, "instar-format-honest.json", changed)
 		line := l.run("info", "-f", "honest", "src").oneLine(t)
-		if !strings.Contains(line, path) || !strings.Contains(line, filepath.Join(l.plugins, "instar-format-honest")+" ") {
+		if !strings.Contains(line, path) || !strings.Contains(line, "other "+c.key+")") || !strings.Contains(line, filepath.Join(l.plugins, "instar-format-honest")+" ") {
 			t.Errorf("got %s", line)
 		}
 	}

@@ -8,6 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -106,8 +109,24 @@ func sameManifest(p *discover.Plugin, running sdk.Manifest) error {
 	if string(a) == string(b) {
 		return nil
 	}
-	return fmt.Errorf("plugin %s (%s %s) is not what its manifest %s says (%s %s); write the manifest anew with --manifest",
-		p.Path, running.Name, running.Version, p.ManifestPath, p.Manifest.Name, p.Manifest.Version)
+	return fmt.Errorf("plugin %s (%s %s) is not what its manifest %s says (%s %s, other %s); write the manifest anew with --manifest",
+		p.Path, running.Name, running.Version, p.ManifestPath, p.Manifest.Name, p.Manifest.Version, strings.Join(differing(a, b), ", "))
+}
+
+// differing returns the keys whose values differ in two JSON objects, sorted.
+func differing(a, b []byte) []string {
+	var in [2]map[string]json.RawMessage
+	_ = json.Unmarshal(a, &in[0]) // they were just made
+	_ = json.Unmarshal(b, &in[1])
+	keys := map[string]bool{}
+	for i, m := range in {
+		for k, v := range m {
+			if string(in[1-i][k]) != string(v) {
+				keys[k] = true
+			}
+		}
+	}
+	return slices.Sorted(maps.Keys(keys))
 }
 
 // Watch returns a context that also ends, for the reason that it has, when a
