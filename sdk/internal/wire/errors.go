@@ -72,8 +72,9 @@ func Status(err error) error {
 }
 
 // FromStatus is the inverse of Status: the error has the same text, and
-// errors.Is and errors.As find the same class, errno and option error. Other
-// errors than plugins' own are of the transport: they are put into words.
+// errors.Is and errors.As find the same class, errno and option error. Without
+// detail the code tells the class. Other errors than plugins' own are of the
+// transport: they are put into words.
 func FromStatus(err error) error {
 	s, ok := status.FromError(err)
 	if err == nil || !ok {
@@ -92,6 +93,15 @@ func FromStatus(err error) error {
 		return err
 	case codes.ResourceExhausted:
 		return &remoteError{text: "the plugin's answer is too large to be taken", class: sdk.ErrTooBig}
+	case codes.Unimplemented:
+		break // gRPC says so of methods that the plugin lacks
+	default:
+		// Plugins in other languages may leave the detail away.
+		for _, c := range classes {
+			if c.code == s.Code() {
+				return &remoteError{text: OneLine(s.Message()), class: c.err}
+			}
+		}
 	}
 	return &remoteError{text: fmt.Sprintf("the request to the plugin failed (%v: %s)", s.Code(), OneLine(s.Message()))}
 }

@@ -34,8 +34,8 @@ func FromOptionKeys(in []*pb.OptionKey) (option.Schema, error) {
 		if err != nil {
 			return nil, fmt.Errorf("option %q: %w", k.GetName(), err)
 		}
-		d := k.GetDisposition() - 1
-		if d < 0 || d > pb.Disposition(option.Deprecated) {
+		d := max(k.GetDisposition()-1, 0)
+		if k.GetDisposition() < 0 || d > pb.Disposition(option.Deprecated) {
 			return nil, fmt.Errorf("option %q: unknown disposition %d", k.GetName(), k.GetDisposition())
 		}
 		out[i] = option.Key{
@@ -147,8 +147,8 @@ func FromPlanInfo(p *pb.PlanCreateResponse) (sdk.PlanInfo, error) {
 	}
 	files := make([]sdk.PlannedFile, len(p.GetFiles()))
 	for i, f := range p.GetFiles() {
-		pre := f.GetPreallocation() - 1
-		if pre < 0 || pre > pb.Preallocation(sdk.PreallocFull) {
+		pre := max(f.GetPreallocation()-1, 0)
+		if f.GetPreallocation() < 0 || pre > pb.Preallocation(sdk.PreallocFull) {
 			return sdk.PlanInfo{}, fmt.Errorf("planned file %q: unknown preallocation %d", f.GetRole(), f.GetPreallocation())
 		}
 		files[i] = sdk.PlannedFile{Role: f.GetRole(), Name: FromText(f.GetName()), Length: f.GetLength(), Preallocation: sdk.Preallocation(pre)}

@@ -194,6 +194,43 @@ func TestTransportErrors(t *testing.T) {
 	checkLine(t, err.Error())
 }
 
+// Without detail the code tells the class.
+func TestPlainStatus(t *testing.T) {
+	for code, class := range map[codes.Code]error{
+		codes.DataLoss: sdk.ErrCorrupt, codes.InvalidArgument: sdk.ErrInvalid, codes.NotFound: sdk.ErrNotFound, codes.OutOfRange: sdk.ErrTooBig,
+	} {
+		err := FromStatus(status.Error(code, "header:\x1b bad"))
+		if !errors.Is(err, class) || err.Error() != `header:\x1b bad` {
+			t.Errorf("%v: got %v", code, err)
+		}
+	}
+	for _, code := range []codes.Code{codes.Unknown, codes.Unimplemented} {
+		if err := FromStatus(status.Error(code, "reason")); !strings.Contains(err.Error(), "request to the plugin failed") {
+			t.Errorf("%v: got %v", code, err)
+		}
+	}
+}
+
+// What proto3 leaves away is the usual, not an error.
+func TestUnspecified(t *testing.T) {
+	plan, err := FromPlanInfo(&pb.PlanCreateResponse{Files: []*pb.PlannedFile{{Role: "main"}}})
+	if err != nil || plan.Files[0].Preallocation != sdk.PreallocOff {
+		t.Errorf("preallocation: %+v, %v", plan, err)
+	}
+	keys, err := FromOptionKeys([]*pb.OptionKey{{Name: "k", Type: pb.OptionType_OPTION_TYPE_BOOL}})
+	if err != nil || keys[0].Disposition != option.Honoured {
+		t.Errorf("disposition: %+v, %v", keys, err)
+	}
+	for _, bad := range []int32{-1, 5} {
+		if _, err := FromPlanInfo(&pb.PlanCreateResponse{Files: []*pb.PlannedFile{{Preallocation: pb.Preallocation(bad)}}}); err == nil {
+			t.Errorf("preallocation %d passed", bad)
+		}
+		if _, err := FromOptionKeys([]*pb.OptionKey{{Type: pb.OptionType_OPTION_TYPE_BOOL, Disposition: pb.Disposition(bad)}}); err == nil {
+			t.Errorf("disposition %d passed", bad)
+		}
+	}
+}
+
 func TestInfoRoundTrip(t *testing.T) {
 	in := &sdk.Info{
 		VirtualSize: 1 << 40, AllocationUnit: 65536, Dirty: true,
