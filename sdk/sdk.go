@@ -116,8 +116,9 @@ type Manifest struct {
 	Connection string `json:"connection,omitempty"`
 	// OpenOptions are the keys that OpenRequest.Options may have.
 	OpenOptions []string `json:"open-options,omitempty"`
-	// RuntimeRoots are directories a plugin that is not one static binary must
-	// read and execute from (an interpreter's, say).
+	// RuntimeRoots are directories and files that a plugin which is not one static
+	// binary must read and execute (its interpreter, say). Relative ones lie beside
+	// the program.
 	RuntimeRoots []string `json:"runtime-roots,omitempty"`
 }
 

@@ -21,6 +21,9 @@ const (
 		unix.LANDLOCK_ACCESS_FS_MAKE_SOCK
 )
 
+// ofFiles are the rights that a rule for a file may have, of those above.
+const ofFiles = unix.LANDLOCK_ACCESS_FS_READ_FILE | unix.LANDLOCK_ACCESS_FS_WRITE_FILE | unix.LANDLOCK_ACCESS_FS_EXECUTE
+
 // LandlockABI returns the version of Landlock in the running kernel, 0 for none.
 var LandlockABI = sync.OnceValue(func() int {
 	v, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
@@ -71,13 +74,21 @@ func NewRuleset() (*Ruleset, error) {
 	return &Ruleset{fd: int(fd), handled: attr.Handled_access_fs}, nil
 }
 
-// Allow grants rights on path and what lies beneath it.
+// Allow grants rights on path and what lies beneath it. Where it is no directory,
+// those of files are granted.
 func (r *Ruleset) Allow(path string, rights uint64) error {
 	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("landlock: %s: %w", path, err)
 	}
 	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fmt.Errorf("landlock: %s: %w", path, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		rights &= ofFiles
+	}
 	rule := unix.LandlockPathBeneathAttr{Allowed_access: rights & r.handled, Parent_fd: int32(fd)}
 	_, _, errno := unix.Syscall6(unix.SYS_LANDLOCK_ADD_RULE, uintptr(r.fd),
 		unix.LANDLOCK_RULE_PATH_BENEATH, uintptr(unsafe.Pointer(&rule)), 0, 0, 0)

@@ -38,7 +38,8 @@ const DefaultFiles = 65536
 type Spec struct {
 	Path string   // of the program
 	Args []string // of its command line, after its name
-	// Roots are further directories from which it may read and execute.
+	// Roots are further directories and files that it may read and execute.
+	// Relative ones lie beside the program.
 	Roots    []string
 	Limits   Limits
 	LogLevel string // for the plugin's logger, empty for off

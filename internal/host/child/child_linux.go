@@ -127,6 +127,10 @@ func startError(err error, confined bool) error {
 		// Not wrapped: it is no file of the caller's to which access is denied.
 		return errors.New("start: permission denied: in its sandbox a program that is not one static binary needs the runtime-roots of its manifest")
 	}
+	if errors.Is(err, syscall.ENOENT) {
+		// The program is there: discover has seen it.
+		return errors.New("start: what runs it is not there: the interpreter in its first line, or its loader")
+	}
 	return fmt.Errorf("start: %w", err)
 }
 

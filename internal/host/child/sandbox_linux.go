@@ -1,6 +1,11 @@
 package child
 
-import "github.com/instar-img/instar/internal/confine"
+import (
+	"errors"
+	"path"
+
+	"github.com/instar-img/instar/internal/confine"
+)
 
 // Effective describes the sandbox that the running kernel gives.
 func Effective() Sandbox {
@@ -43,8 +48,12 @@ func (c *Child) confineFiles() error {
 		}
 	}
 	for _, root := range c.roots {
+		if !path.IsAbs(root) {
+			root = path.Join(path.Dir(c.path), root)
+		}
 		if err := rules.Allow(root, confine.ReadTree); err != nil {
-			return err
+			// Not wrapped: it is no file of the caller's.
+			return errors.New("runtime-roots of its manifest: " + err.Error())
 		}
 	}
 	return rules.RestrictThread()
