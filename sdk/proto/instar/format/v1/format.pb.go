@@ -1,6 +1,7 @@
 // The wire between the instar core and a format plugin, protocol major 1.
 // The Go types that authors see are in package sdk; each message here mirrors
-// the type of the same name there, where its fields are explained.
+// the type of the same name there, where its fields are explained. How a plugin
+// is connected, and receives files, is in docs/plugins.md, "Other languages".
 //
 // Within a major, fields and methods are only added.
 //
@@ -93,7 +94,7 @@ func (OptionType) EnumDescriptor() ([]byte, []int) {
 type Disposition int32
 
 const (
-	Disposition_DISPOSITION_UNSPECIFIED Disposition = 0
+	Disposition_DISPOSITION_UNSPECIFIED Disposition = 0 // honoured
 	Disposition_DISPOSITION_HONOURED    Disposition = 1
 	Disposition_DISPOSITION_IGNORED     Disposition = 2
 	Disposition_DISPOSITION_DEFERRED    Disposition = 3
@@ -148,7 +149,7 @@ func (Disposition) EnumDescriptor() ([]byte, []int) {
 type Preallocation int32
 
 const (
-	Preallocation_PREALLOCATION_UNSPECIFIED Preallocation = 0
+	Preallocation_PREALLOCATION_UNSPECIFIED Preallocation = 0 // off
 	Preallocation_PREALLOCATION_OFF         Preallocation = 1
 	Preallocation_PREALLOCATION_FALLOC      Preallocation = 2
 	Preallocation_PREALLOCATION_FULL        Preallocation = 3
@@ -249,10 +250,14 @@ func (Fix) EnumDescriptor() ([]byte, []int) {
 	return file_instar_format_v1_format_proto_rawDescGZIP(), []int{3}
 }
 
-// ErrorDetail is attached to every failed call's status.
+// ErrorDetail is attached to a failed call's status, as a detail of
+// google.rpc.Status. Where there is none, the status code tells the class:
+// DATA_LOSS corrupt, INVALID_ARGUMENT invalid, NOT_FOUND not-found, OUT_OF_RANGE
+// too-big.
 type ErrorDetail struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// class is the name of the sdk's error class, empty for none.
+	// class is the name of the sdk's error class, empty for none: corrupt,
+	// unsupported, invalid, not-format, not-attached, read-only, not-found, too-big.
 	Class string `protobuf:"bytes,1,opt,name=class,proto3" json:"class,omitempty"`
 	// errno of a failed system call, 0 for none.
 	Errno int32 `protobuf:"varint,2,opt,name=errno,proto3" json:"errno,omitempty"`
@@ -398,7 +403,9 @@ func (x *OptionError) GetText() string {
 	return ""
 }
 
-// FileTicket names a descriptor sent over the descriptor socket.
+// FileTicket names a descriptor sent over the descriptor socket, which may arrive
+// after the request. role is "main" for the file that the user named, "data-file",
+// or what the plugin itself called the file.
 type FileTicket struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ticket        uint32                 `protobuf:"varint,1,opt,name=ticket,proto3" json:"ticket,omitempty"`
@@ -489,7 +496,8 @@ func (*DescribeRequest) Descriptor() ([]byte, []int) {
 
 type DescribeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// manifest is the manifest as JSON, as `--manifest` prints it.
+	// manifest is the manifest as JSON, as `--manifest` prints it. It must say what
+	// the one beside the program says.
 	Manifest      []byte       `protobuf:"bytes,1,opt,name=manifest,proto3" json:"manifest,omitempty"`
 	CreateSchema  []*OptionKey `protobuf:"bytes,2,rep,name=create_schema,json=createSchema,proto3" json:"create_schema,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1752,8 +1760,9 @@ type OpenImageResponse struct {
 	BitmapReader bool                   `protobuf:"varint,7,opt,name=bitmap_reader,json=bitmapReader,proto3" json:"bitmap_reader,omitempty"`
 	BitmapWriter bool                   `protobuf:"varint,8,opt,name=bitmap_writer,json=bitmapWriter,proto3" json:"bitmap_writer,omitempty"`
 	Inspector    bool                   `protobuf:"varint,9,opt,name=inspector,proto3" json:"inspector,omitempty"`
-	// manifest is the fingerprint of the manifest. It saves a Describe to who only
-	// wants to know whether the plugin is what its manifest says.
+	// manifest is the fingerprint of the manifest, by sdk.Manifest.Fingerprint. It
+	// saves a Describe to who only wants to know whether the plugin is what its
+	// manifest says. Empty has the core ask Describe.
 	Manifest string `protobuf:"bytes,10,opt,name=manifest,proto3" json:"manifest,omitempty"`
 	// warnings are what a user should know of the image beside its Info, each on
 	// one line. The core takes only so many, and so much of each.
@@ -2585,10 +2594,12 @@ func (x *MapImageRequest) GetLength() int64 {
 type MapImageResponse struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Length []uint64               `protobuf:"varint,1,rep,packed,name=length,proto3" json:"length,omitempty"`
-	// attributes: kind in bits 0-3, sparse in bit 4, "has host offset" in bit 5,
-	// raw in bit 6, file index from bit 8.
+	// attributes: kind in bits 0-3 (0 absent, 1 zero, 2 data, 3 encoded), sparse in
+	// bit 4, "has host offset" in bit 5, raw in bit 6, file index from bit 8: 0 is
+	// the first file of OpenImageRequest, those of AttachFilesRequest follow.
 	Attributes []uint64 `protobuf:"varint,2,rep,packed,name=attributes,proto3" json:"attributes,omitempty"`
-	// host_offset and encoded_length of those extents that have them, in order.
+	// host_offset of those extents that have it, encoded_length of those of kind
+	// encoded, in order.
 	HostOffset    []uint64 `protobuf:"varint,3,rep,packed,name=host_offset,json=hostOffset,proto3" json:"host_offset,omitempty"`
 	EncodedLength []uint64 `protobuf:"varint,4,rep,packed,name=encoded_length,json=encodedLength,proto3" json:"encoded_length,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -2657,7 +2668,8 @@ func (x *MapImageResponse) GetEncodedLength() []uint64 {
 type DecodeExtentsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Image uint64                 `protobuf:"varint,1,opt,name=image,proto3" json:"image,omitempty"`
-	// window is the ticket of the window's descriptor.
+	// window is the ticket of the window's descriptor: memory that both sides map.
+	// The descriptor is sent once and serves every request that names it.
 	Window        uint32           `protobuf:"varint,2,opt,name=window,proto3" json:"window,omitempty"`
 	Extents       []*EncodedExtent `protobuf:"bytes,3,rep,name=extents,proto3" json:"extents,omitempty"`
 	unknownFields protoimpl.UnknownFields

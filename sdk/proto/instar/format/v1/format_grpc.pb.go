@@ -1,6 +1,7 @@
 // The wire between the instar core and a format plugin, protocol major 1.
 // The Go types that authors see are in package sdk; each message here mirrors
-// the type of the same name there, where its fields are explained.
+// the type of the same name there, where its fields are explained. How a plugin
+// is connected, and receives files, is in docs/plugins.md, "Other languages".
 //
 // Within a major, fields and methods are only added.
 //
