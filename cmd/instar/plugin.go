@@ -94,6 +94,9 @@ func (a *app) pluginInfo(cmd *cobra.Command, name string) error {
 	fmt.Fprintf(a.out, "name: %s\naliases: %s\nversion: %s\nprotocols: %s\ncapabilities: %s\nfile suffixes: %s\nprogram: %s\nmanifest: %s\n",
 		m.Name, dash(strings.Join(m.Aliases, ", ")), m.Version, strings.Trim(fmt.Sprint(m.Protocols), "[]"),
 		strings.Join(m.Capabilities, ", "), dash(strings.Join(m.Suffixes, ", ")), p.Path, dash(p.ManifestPath))
+	for _, root := range m.RuntimeRoots {
+		fmt.Fprintf(a.out, "runtime root: %s\n", root)
+	}
 	for _, probe := range m.Probes {
 		fmt.Fprintf(a.out, "probe: %s\n", probeText(probe))
 	}
