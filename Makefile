@@ -26,7 +26,7 @@ PLUGINS     := $(notdir $(PLUGIN_DIRS))
 PROGRAMS    := $(wildcard ./cmd/instar) $(addprefix ./,$(PLUGIN_DIRS))
 PLATFORMS   := linux/amd64 linux/arm64 darwin/arm64
 
-SCRIPTS     := $(wildcard .ci/*) packaging/build packaging/share test/vm/run
+SCRIPTS     := $(wildcard .ci/*) packaging/build packaging/share test/vm/run examples/python/install
 
 # Packages whose tests drive the built programs.
 INTEGRATION := ./cmd/... ./test/...
