@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/instar-img/instar/internal/host/ahead"
 	"github.com/instar-img/instar/internal/host/launch"
 	"github.com/instar-img/instar/internal/host/session"
 	"github.com/instar-img/instar/sdk"
@@ -35,7 +36,7 @@ const untrustedVariable = "INSTAR_UNTRUSTED"
 
 // What a plugin may use where --untrusted and nothing else is said.
 const (
-	untrustedMemory     = 256 << 20
+	untrustedMemory     = ahead.UntrustedMemory
 	untrustedCPUSeconds = 30
 	// untrustedTimeout ends verbs that look at metadata alone: a plugin that
 	// waits uses no processor time.

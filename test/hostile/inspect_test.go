@@ -319,8 +319,8 @@ func TestInspectOpensOnce(t *testing.T) {
 	if _, err := unix.InotifyAddWatch(fd, path, unix.IN_OPEN|unix.IN_ACCESS|unix.IN_CLOSE); err != nil {
 		t.Fatal(err)
 	}
-	// Without the flag a plugin is guessed and started ahead.
-	if r := (command{Argv: []string{"inspect", "--untrusted", "image"}, Dir: dir}).run(t); r.Code != 0 {
+	// Where it may log no plugin is started ahead, for which the file is looked at too.
+	if r := (command{Argv: []string{"inspect", "image"}, Dir: dir, Env: []string{"INSTAR_LOG=error"}}).run(t); r.Code != 0 {
 		t.Fatal(r.Stdout, r.Stderr)
 	}
 	// Events that repeat the one before are left out: there is a read between.

@@ -28,6 +28,7 @@ type run struct {
 // start is a process on its way.
 type start struct {
 	plugin *discover.Plugin
+	memory int64         // its limit in bytes, 0 for none
 	done   chan struct{} // closed when child is there, or will not be
 
 	mu    sync.Mutex
@@ -39,8 +40,8 @@ var begun *run
 // Begin finds the plugins, and starts the likely ones in the background. args is
 // the command line. It is called once, before anything else here.
 func Begin(args []string) {
-	guess, ok := guessOf(args)
-	if !ok || os.Getenv("INSTAR_UNTRUSTED") != "" || os.Getenv("INSTAR_LOG") != "" {
+	guess, ok := guessOf(args, os.Getenv("INSTAR_UNTRUSTED"))
+	if !ok || os.Getenv("INSTAR_LOG") != "" {
 		return
 	}
 	// Finding is not left to a goroutine: the start needs it, and the first
@@ -54,7 +55,7 @@ func Begin(args []string) {
 		if !slices.Contains(p.Manifest.Protocols, sdk.Protocol) {
 			continue
 		}
-		s := &start{plugin: p, done: make(chan struct{})}
+		s := &start{plugin: p, memory: guess.memory, done: make(chan struct{})}
 		r.starts = append(r.starts, s)
 		go s.run()
 	}
@@ -64,7 +65,10 @@ func (s *start) run() {
 	defer close(s.done)
 	m := &s.plugin.Manifest
 	// Where it fails, who needs it will start it, and report.
-	c, err := child.Start(child.Spec{Path: s.plugin.Path, Roots: m.RuntimeRoots, Protocols: []int{sdk.Protocol}, Connected: m.Connection == sdk.ConnectionInherited})
+	c, err := child.Start(child.Spec{
+		Path: s.plugin.Path, Roots: m.RuntimeRoots, Protocols: []int{sdk.Protocol},
+		Connected: m.Connection == sdk.ConnectionInherited, Limits: child.Limits{MemoryBytes: s.memory},
+	})
 	if err == nil {
 		s.child = c
 	}
@@ -79,14 +83,14 @@ func Find() (*discover.Set, error) {
 	return begun.set, begun.err
 }
 
-// Take returns the process of p where it was started ahead, and it is the
-// caller's then.
-func Take(p *discover.Plugin) *child.Child {
+// Take returns the process of p where it was started ahead with this limit of
+// memory, and it is the caller's then. Other limits are yet to be set.
+func Take(p *discover.Plugin, memory int64) *child.Child {
 	if begun == nil {
 		return nil
 	}
 	for _, s := range begun.starts {
-		if s.plugin == p {
+		if s.plugin == p && s.memory == memory {
 			return s.take()
 		}
 	}
@@ -125,7 +129,12 @@ type guess struct {
 	files    []string
 	images   int
 	fallback bool
+	memory   int64 // limit of each plugin in bytes, 0 for none
 }
+
+// UntrustedMemory is what a plugin may use, in bytes, where --untrusted and nothing
+// else is said.
+const UntrustedMemory = 256 << 20
 
 // verbs take images whose formats are named or whose content tells.
 var verbs = []string{
@@ -144,7 +153,12 @@ var flags = map[string]byte{
 	"-O": 'O', "--target-format": 'O',
 }
 
-func guessOf(args []string) (guess, bool) {
+// untrusted is the value of INSTAR_UNTRUSTED, of which the usual ones will do.
+func guessOf(args []string, untrusted string) (guess, bool) {
+	limited := untrusted == "1"
+	if !limited && untrusted != "" && untrusted != "0" {
+		return guess{}, false
+	}
 	var verb string
 	var words []string
 	named := map[byte]string{}
@@ -156,8 +170,10 @@ func guessOf(args []string) (guess, bool) {
 		}
 		flag, isFormat := flags[name]
 		switch {
-		case slices.Contains(notAhead, arg) || strings.HasPrefix(arg, "--max-memory") || strings.HasPrefix(arg, "--untrusted"):
+		case slices.Contains(notAhead, arg) || strings.HasPrefix(arg, "--max-memory") || strings.HasPrefix(arg, "--untrusted="):
 			return guess{}, false
+		case arg == "--untrusted":
+			limited = true
 		case isFormat && hasValue:
 			named[flag] = value
 		case isFormat:
@@ -172,6 +188,9 @@ func guessOf(args []string) (guess, bool) {
 		}
 	}
 	g := guess{files: words}
+	if limited || verb == "inspect" {
+		g.memory = UntrustedMemory
+	}
 	opened := func(format string) {
 		if format == "" {
 			g.images++

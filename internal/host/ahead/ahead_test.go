@@ -22,6 +22,8 @@ func TestGuessOf(t *testing.T) {
 		want guess
 		ok   bool
 	}{
+		{"info --untrusted x", guess{images: 1, files: []string{"x"}, memory: UntrustedMemory}, true},
+		{"inspect x", guess{images: 1, files: []string{"x"}, memory: UntrustedMemory}, true},
 		{"create -f qcow2 x 1G", guess{formats: []string{"qcow2"}, files: []string{"x", "1G"}}, true},
 		{"create -fqcow2 x 1G", guess{formats: []string{"qcow2"}, files: []string{"x", "1G"}}, true},
 		{"create --format=vpc x 1G", guess{formats: []string{"vpc"}, files: []string{"x", "1G"}}, true},
@@ -31,7 +33,6 @@ func TestGuessOf(t *testing.T) {
 		{"check -f vhdx", guess{formats: []string{"vhdx"}}, true},
 		{"info x -f", guess{images: 1, files: []string{"x"}}, true},
 		{"info --help", guess{}, false},
-		{"info --untrusted x", guess{}, false},
 		{"info --untrusted=1 x", guess{}, false},
 		{"info --max-memory 64M x", guess{}, false},
 		{"compare a b", guess{images: 2, files: []string{"a", "b"}}, true},
@@ -43,12 +44,25 @@ func TestGuessOf(t *testing.T) {
 		{"dd -O vpc bs=1M if=a of=b", guess{formats: []string{"vpc"}, images: 1, files: []string{"a"}}, true},
 		{"", guess{}, false},
 	} {
-		got, ok := guessOf(append([]string{"instar"}, strings.Fields(c.line)...))
+		got, ok := guessOf(append([]string{"instar"}, strings.Fields(c.line)...), "")
 		if ok != c.ok {
 			t.Errorf("%s: %v", c.line, ok)
 		}
 		if diff := cmp.Diff(c.want, got, cmp.AllowUnexported(guess{}), cmpopts.EquateEmpty()); ok && diff != "" {
 			t.Errorf("%s: %s", c.line, diff)
+		}
+	}
+}
+
+func TestGuessedLimit(t *testing.T) {
+	for _, c := range []struct {
+		value  string
+		memory int64
+		ok     bool
+	}{{"", 0, true}, {"0", 0, true}, {"1", UntrustedMemory, true}, {"on", 0, false}} {
+		g, ok := guessOf([]string{"instar", "info", "x"}, c.value)
+		if ok != c.ok || g.memory != c.memory {
+			t.Errorf("%q: %d, %v", c.value, g.memory, ok)
 		}
 	}
 }
@@ -115,7 +129,7 @@ func TestGuessedPlugin(t *testing.T) {
 				}
 			}
 		}
-		g, ok := guessOf(append([]string{"instar"}, words...))
+		g, ok := guessOf(append([]string{"instar"}, words...), "")
 		if !ok {
 			t.Errorf("%s: no guess", c.line)
 			continue
@@ -132,7 +146,7 @@ func TestGuessedPlugin(t *testing.T) {
 
 // Without Begin nothing is ahead, and nothing waits.
 func TestNotBegun(t *testing.T) {
-	if Take(&discover.Plugin{}) != nil {
+	if Take(&discover.Plugin{}, 0) != nil {
 		t.Error("a process from nowhere")
 	}
 	Discard()

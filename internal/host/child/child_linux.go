@@ -134,8 +134,12 @@ func startError(err error, confined bool) error {
 	return fmt.Errorf("start: %w", err)
 }
 
-// limitGroup puts the process into a control group, where there can be one.
+// limitGroup puts the process into a control group, where there can be one and it
+// is in none yet.
 func (c *Child) limitGroup(pid int, limits Limits) {
+	if c.grouped() {
+		return
+	}
 	g := newCgroup(limits)
 	if g == nil {
 		return

@@ -182,8 +182,8 @@ func program(p *discover.Plugin, o Options) (*child.Child, error) {
 	if l := o.Logger.GetLevel(); l != hclog.Off && l != hclog.NoLevel {
 		level = l.String()
 	}
-	if level == "" && o.Limits.MemoryBytes == 0 {
-		if c := ahead.Take(p); c != nil {
+	if level == "" {
+		if c := ahead.Take(p, o.Limits.MemoryBytes); c != nil {
 			c.SetLimits(o.Limits)
 			return c, nil
 		}

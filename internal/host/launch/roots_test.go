@@ -70,9 +70,9 @@ func TestNotStatic(t *testing.T) {
 		interpreter, want string
 		roots             []string
 	}{
-		{"/bin/sh", "needs the runtime-roots of its manifest", nil},
+		{probe, "needs the runtime-roots of its manifest", nil},
 		{"/no/such/interpreter", "what runs it is not there", nil},
-		{"/bin/sh", "runtime-roots of its manifest: landlock: /no/such/root: ", []string{"/no/such/root"}},
+		{probe, "runtime-roots of its manifest: landlock: /no/such/root: ", []string{"/no/such/root"}},
 	} {
 		if err := script(t, c.interpreter, c.roots...); !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %s", c.interpreter, err, c.want)
