@@ -37,6 +37,8 @@ func TestRuntimeRoots(t *testing.T) {
 		filepath.Join(p.Dir, "plain.d", "deep", "module"): true, filepath.Join(elsewhere, "file"): true,
 		filepath.Join(p.Dir, "other"): false, filepath.Join(elsewhere, "other"): false,
 	} {
+		// Without Landlock nothing refuses files by name: see docs/security.md.
+		allowed = allowed || Effective().LandlockABI == 0
 		if _, err := do(t.Context(), running, "open", name); (err == nil) != allowed {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -66,12 +68,17 @@ func TestNotStatic(t *testing.T) {
 		}
 		return err
 	}
+	if err := script(t, "/no/such/interpreter"); !strings.Contains(err.Error(), "what runs it is not there") {
+		t.Error(err)
+	}
+	if Effective().LandlockABI == 0 {
+		return // any interpreter may run
+	}
 	for _, c := range []struct {
 		interpreter, want string
 		roots             []string
 	}{
 		{probe, "needs the runtime-roots of its manifest", nil},
-		{"/no/such/interpreter", "what runs it is not there", nil},
 		{probe, "runtime-roots of its manifest: landlock: /no/such/root: ", []string{"/no/such/root"}},
 	} {
 		if err := script(t, c.interpreter, c.roots...); !strings.Contains(err.Error(), c.want) {
