@@ -55,20 +55,26 @@ type Options struct {
 	// /usr/local/libexec/instar and /usr/libexec/instar.
 	Dirs []string
 	// Executable is the path of the running program, empty for os.Executable.
+	// Where that fails, as on Linux without /proc, the directories that depend on
+	// it are left out.
 	Executable string
 }
 
 // Find searches for plugins. Of several with one name the first found counts.
 // What is refused or broken is left out and listed by Refused.
 func Find(o Options) (*Set, error) {
+	s := &Set{}
 	dirs := o.Dirs
 	if dirs == nil {
-		var err error
-		if dirs, err = usualDirs(o.Executable); err != nil {
-			return nil, err
+		executable := o.Executable
+		if executable == "" {
+			var err error
+			if executable, err = os.Executable(); err != nil {
+				s.refused = append(s.refused, fmt.Errorf("plugins beside the program: %w", err))
+			}
 		}
+		dirs = usualDirs(executable)
 	}
-	s := &Set{}
 	for _, dir := range dirs {
 		s.addDir(dir)
 	}
@@ -78,7 +84,10 @@ func Find(o Options) (*Set, error) {
 	return s, nil
 }
 
-func usualDirs(executable string) ([]string, error) {
+// systemDirs are searched last, wherever the program is.
+var systemDirs = []string{"/usr/local/libexec/instar", "/usr/libexec/instar"}
+
+func usualDirs(executable string) []string {
 	var dirs []string
 	for _, d := range strings.Split(os.Getenv(PathVariable), ":") {
 		if d != "" {
@@ -86,10 +95,7 @@ func usualDirs(executable string) ([]string, error) {
 		}
 	}
 	if executable == "" {
-		var err error
-		if executable, err = os.Executable(); err != nil {
-			return nil, fmt.Errorf("find plugins: %w", err)
-		}
+		return append(dirs, systemDirs...)
 	}
 	// The link bin/qemu-img, or one in /usr/bin, leads to the real program.
 	for range maxLinks {
@@ -103,8 +109,8 @@ func usualDirs(executable string) ([]string, error) {
 		executable = target
 	}
 	own := path.Dir(executable)
-	return append(dirs, own, path.Join(path.Dir(own), "libexec", "instar"),
-		"/usr/local/libexec/instar", "/usr/libexec/instar"), nil
+	dirs = append(dirs, own, path.Join(path.Dir(own), "libexec", "instar"))
+	return append(dirs, systemDirs...)
 }
 
 // addDir adds the plugins of one directory.
