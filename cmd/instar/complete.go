@@ -12,17 +12,22 @@ import (
 func (a *app) completeFormats(cmd *cobra.Command, flags ...string) {
 	for _, flag := range flags {
 		must(cmd.RegisterFlagCompletionFunc(flag, func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			s, err := a.session()
-			if err != nil {
-				return nil, cobra.ShellCompDirectiveError
-			}
-			var names []string
-			for _, p := range s.Plugins.Plugins() {
-				names = append(append(names, p.Manifest.Name), p.Manifest.Aliases...)
-			}
-			return names, cobra.ShellCompDirectiveNoFileComp
+			return a.formatNames()
 		}))
 	}
+}
+
+// formatNames returns what completes the name of a format.
+func (a *app) formatNames() ([]string, cobra.ShellCompDirective) {
+	s, err := a.session()
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveError
+	}
+	var names []string
+	for _, p := range s.Plugins.Plugins() {
+		names = append(append(names, p.Manifest.Name), p.Manifest.Aliases...)
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
 // completeValues completes a flag with the values it takes.

@@ -35,6 +35,12 @@ func (a *app) pluginCommand() *cobra.Command {
 				}
 				return nil
 			},
+			ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+				if len(args) > 0 {
+					return nil, cobra.ShellCompDirectiveNoFileComp
+				}
+				return a.formatNames()
+			},
 			RunE: func(cmd *cobra.Command, args []string) error { return a.pluginInfo(cmd, args[0]) },
 		},
 	)
