@@ -26,7 +26,7 @@ PLUGINS     := $(notdir $(PLUGIN_DIRS))
 PROGRAMS    := $(wildcard ./cmd/instar) $(addprefix ./,$(PLUGIN_DIRS))
 PLATFORMS   := linux/amd64 linux/arm64 darwin/arm64
 
-SCRIPTS     := $(wildcard .ci/*) packaging/build packaging/share test/vm/run examples/python/install
+SCRIPTS     := $(wildcard .ci/*) $(wildcard packaging/*) test/vm/run examples/python/install
 
 # Packages whose tests drive the built programs.
 INTEGRATION := ./cmd/... ./test/...
@@ -49,7 +49,7 @@ instar: build ## Same as build
 
 .PHONY: install
 install: build ## Install below PREFIX=/usr/local (DESTDIR= is honoured)
-	install -d -m 755 $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/libexec/instar
+	install -d -m 755 $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/libexec/instar $(DESTDIR)$(PREFIX)/share/doc/instar
 	install -m 755 bin/instar $(DESTDIR)$(PREFIX)/bin/instar
 	@for p in $(PLUGINS); do \
 		echo install $(DESTDIR)$(PREFIX)/libexec/instar/$$p; \
@@ -57,6 +57,8 @@ install: build ## Install below PREFIX=/usr/local (DESTDIR= is honoured)
 		install -m 644 bin/$$p.json $(DESTDIR)$(PREFIX)/libexec/instar/$$p.json; \
 	done
 	packaging/share $(CURDIR)/bin/instar $(DESTDIR)$(PREFIX)/share
+	install -m 644 LICENSE $(DESTDIR)$(PREFIX)/share/doc/instar/LICENSE
+	umask 022; packaging/notices $(PROGRAMS) >$(DESTDIR)$(PREFIX)/share/doc/instar/NOTICES
 
 .PHONY: cross
 cross: ## Build and vet for every supported platform, into dist/
