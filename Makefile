@@ -93,6 +93,10 @@ test-integration: build tools/bin/gotestsum ## Test the built programs, against 
 test-vm: build ## Test under Debian's kernels, with Landlock and without, in QEMU: some minutes
 	test/vm/run
 
+.PHONY: test-packages
+test-packages: packages ## Test the Debian packages in a Debian root, which needs root and debootstrap
+	packaging/test $(VERSION)
+
 oracles: ## Install what the tests compare with, or say what is missing
 	@.ci/oracles
 
