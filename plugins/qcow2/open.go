@@ -81,6 +81,10 @@ func (format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, error) 
 	}
 	im.stored, im.l1Offset, im.l1Size = int64(im.h.size), int64(im.h.l1Offset), int64(im.h.l1Size)
 	if !req.Check {
+		if im.h.snapshotCount > 0 && im.h.snapshotsOffset >= uint64(im.fileSize) {
+			// For QEMU all its entries are empty.
+			return nil, fmt.Errorf("snapshot table at %#x of a file of %d bytes: %w", im.h.snapshotsOffset, im.fileSize, sdk.ErrCorrupt)
+		}
 		t := snapshotTable{im: im, count: im.h.snapshotCount}
 		if err := t.read(ctx); err != nil {
 			return nil, err

@@ -40,14 +40,15 @@ qemu-img snapshot -c two good
 		length int64 // 0: as it is
 		put    []number
 		fails  bool // not repaired by qemu-img
+		behind bool // the end of the file: instar only checks and repairs that
 	}{
-		{name: "past", put: []number{{atTable, uint64(1 << 30)}}},
-		{name: "far", put: []number{{atTable, uint64(1 << 62)}}, fails: true}, // it leaves a leak
-		{name: "beyond all files", put: []number{{atTable, uint64(1<<63 - 1<<16)}}, fails: true},
+		{name: "past", put: []number{{atTable, uint64(1 << 30)}}, behind: true},
+		{name: "far", put: []number{{atTable, uint64(1 << 62)}}, fails: true, behind: true}, // it leaves a leak
+		{name: "beyond all files", put: []number{{atTable, uint64(1<<63 - 1<<16)}}, fails: true, behind: true},
 		{name: "not aligned", put: []number{{atTable, uint64(table + 512)}}, fails: true},
 		{name: "cut in an entry", length: table + 60},
 		{name: "cut in the first", length: table + 10},
-		{name: "cut before", length: table},
+		{name: "cut before", length: table, behind: true},
 		{name: "one more", put: []number{{atCount, uint32(3)}}},
 		{name: "fewer", put: []number{{atCount, uint32(1)}}},
 		{name: "too many", put: []number{{atCount, uint32(65537)}}, fails: true}, // it fails
@@ -75,17 +76,28 @@ qemu-img snapshot -c two good
 			}
 			fresh()
 			compareLines(t, dir, "7.2", instar, qemu, `
+code check x
+code check --output=json x
+`)
+			if c.behind {
+				for _, line := range []string{"info x", "map x", "measure -O raw x", "convert -O raw x y", "convert -O raw -l one x y"} {
+					got := runAs(t, dir, "7.2", append([]string{instar}, strings.Fields(line)...)...)
+					if got.Code != 1 || !strings.Contains(got.Stderr, "snapshot table at 0x") {
+						t.Errorf("%s: %+v", line, got)
+					}
+				}
+			} else {
+				compareLines(t, dir, "7.2", instar, qemu, `
 info x
 info --output=json x
 map --output=json x
 measure -O raw x
-code check x
-code check --output=json x
 convert -O raw -l no x y
 code convert -O raw -l one x y
 code convert -O raw -l 2 x y
 convert -O raw x y
 `)
+			}
 			if c.fails {
 				return
 			}

@@ -93,6 +93,7 @@ func Start(spec Spec) (*Child, error) {
 		if err := c.start(spec); err != nil {
 			return nil, err
 		}
+		sweepAllOnce()
 		return c, nil
 	}
 	if c.dir, err = newSocketDir(); err != nil {

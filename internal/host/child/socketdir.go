@@ -152,6 +152,18 @@ var swept sync.Once
 // sweepOnce removes the directories of dead runs, once in a process.
 func (d *socketDir) sweepOnce() { swept.Do(func() { Sweep(d.base) }) }
 
+// sweepAllOnce does so wherever they may be, for a run that makes none.
+func sweepAllOnce() {
+	swept.Do(func() {
+		for _, base := range baseDirs() {
+			if ownAndPrivate(base) == nil {
+				Sweep(base)
+				_ = unix.Rmdir(base) // fails, as it should, while others use it
+			}
+		}
+	})
+}
+
 // Sweep removes from a base directory what dead runs left there.
 func Sweep(base string) {
 	f, err := os.Open(base)

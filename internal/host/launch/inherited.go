@@ -55,6 +55,26 @@ func (p *Process) use(connection *os.File, o Options) error {
 		stderr = io.Discard
 	}
 	go io.Copy(stderr, p.child.Stderr())
-	go io.Copy(io.Discard, p.child.Stdout())
+	go p.listenToStdout()
 	return nil
 }
+
+// silence is how long after a program has printed something it may be silent on
+// its connection.
+const silence = 200 * time.Millisecond
+
+// listenToStdout hangs up on a program that prints something, and does not serve:
+// it is no plugin, or one that listens.
+func (p *Process) listenToStdout() {
+	out := p.child.Stdout()
+	if n, _ := out.Read(make([]byte, maxFirstRead)); n > 0 {
+		time.AfterFunc(silence, func() {
+			if !p.inherited.heard.Load() {
+				p.inherited.Close()
+			}
+		})
+	}
+	io.Copy(io.Discard, out)
+}
+
+const maxFirstRead = 4096

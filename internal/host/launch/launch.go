@@ -273,21 +273,28 @@ func (p *Process) drainPrints() {
 // startError turns go-plugin's many-line advice into one line with what the
 // program did.
 func (p *Process) startError(err error) error {
-	if line := p.child.FirstLine(); line != "" {
-		parts := strings.Split(line, "|")
-		if len(parts) < 4 {
-			return fmt.Errorf("not a plugin: it printed %q", line)
-		}
-		if major, convErr := strconv.Atoi(parts[1]); convErr == nil && !speaks([]int{major}) {
-			return protocolError(p.plugin, parts[1])
-		}
-		return errors.New(strings.Join(strings.Fields(err.Error()), " "))
+	line := p.child.FirstLine()
+	if wrong := p.lineError(line); line != "" && wrong != nil {
+		return wrong
 	}
 	var exit *ExitError
-	if errors.As(p.ExitError(), &exit) && !exit.Killed {
+	if line == "" && errors.As(p.ExitError(), &exit) && !exit.Killed {
 		return exit
 	}
 	return errors.New(strings.Join(strings.Fields(err.Error()), " "))
+}
+
+// lineError says what is wrong with the line in which a program should say where
+// it listens, as far as that is about the program.
+func (p *Process) lineError(line string) error {
+	parts := strings.Split(line, "|")
+	if len(parts) < 4 {
+		return fmt.Errorf("not a plugin: it printed %q", line)
+	}
+	if major, err := strconv.Atoi(parts[1]); err == nil && !speaks([]int{major}) {
+		return protocolError(p.plugin, parts[1])
+	}
+	return nil
 }
 
 // ProtocolError reports a plugin that speaks no protocol major that the core
@@ -378,14 +385,17 @@ func (p *Process) Explain(err error) error {
 		return nil
 	}
 	late := p.inherited != nil && time.Since(p.inherited.since) >= p.inherited.timeout
+	if p.inherited != nil && !p.inherited.heard.Load() && p.child.FirstLine() != "" {
+		if wrong := p.lineError(p.child.FirstLine()); wrong != nil {
+			return p.fault(wrong)
+		}
+		return p.fault(errors.New("it listens, where its manifest says that it inherits its connection"))
+	}
 	exit := p.exitErrorSoon()
-	silent := p.inherited != nil && !p.inherited.heard.Load()
-	switch line := p.child.FirstLine(); {
-	case silent && line != "":
-		return p.fault(fmt.Errorf("not a plugin: it printed %q", line))
+	switch {
 	case exit != nil:
 		return exit
-	case silent && late:
+	case late && !p.inherited.heard.Load():
 		return p.fault(fmt.Errorf("it did not answer within %v", p.inherited.timeout))
 	}
 	return p.fault(errors.New(status.Convert(err).Message()))
@@ -393,5 +403,8 @@ func (p *Process) Explain(err error) error {
 
 // fault says of which plugin something is true.
 func (p *Process) fault(err error) error {
+	if errors.As(err, new(*ProtocolError)) {
+		return err // it says so
+	}
 	return fmt.Errorf("plugin %s (%s): %w", p.plugin.Manifest.Name, p.plugin.Path, err)
 }

@@ -390,6 +390,7 @@ func TestBadConnections(t *testing.T) {
 		{"silent", "it did not answer within 1s"},
 		{"garbage", `not a plugin: it printed "hello there"`},
 		{"endless-line", "not a plugin: it printed"},
+		{"elsewhere", "it listens, where its manifest says that it inherits its connection"},
 		{"no-http", "error reading server preface"},
 		{"hangs-up", "connection error: "},
 	} {
