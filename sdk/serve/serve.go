@@ -10,9 +10,9 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 
-	"github.com/hashicorp/go-hclog"
 	"google.golang.org/grpc"
 
 	"github.com/instar-img/instar/sdk"
@@ -43,15 +43,7 @@ func Main(format sdk.Format) {
 		<-files.Closed()
 		os.Exit(0) // the core is gone
 	}()
-	logger := hclog.New(&hclog.LoggerOptions{
-		Level:      hclog.LevelFromString(os.Getenv(handshake.LogLevelKey)),
-		Output:     os.Stderr,
-		JSONFormat: true,
-	})
-	if os.Getenv(handshake.LogLevelKey) == "" {
-		logger.SetLevel(hclog.Off)
-	}
-	if err := run(format, files, logger); err != nil {
+	if err := run(format, files); err != nil {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", filepath.Base(os.Args[0]), err)
 		os.Exit(1)
 	}
@@ -63,7 +55,7 @@ func Main(format sdk.Format) {
 // cannot tell apart. That one would add services that nobody calls (reflection,
 // a broker, redirected output) and net/rpc: 5 MB in each plugin, and a
 // millisecond of initialisation in each command.
-func run(format sdk.Format, files *descriptor.Receiver, logger hclog.Logger) error {
+func run(format sdk.Format, files *descriptor.Receiver) error {
 	inherits := os.Getenv(handshake.ConnectionKey) != ""
 	var listener net.Listener
 	var err error
@@ -82,7 +74,7 @@ func run(format sdk.Format, files *descriptor.Receiver, logger hclog.Logger) err
 		if !errors.Is(err, lock.ErrUnavailable) {
 			return fmt.Errorf("second lock: %w", err)
 		}
-		logger.Warn("second lock not available", "error", err)
+		warn("second lock not available", err)
 	}
 	if !inherits {
 		if _, err := fmt.Fprintf(os.Stdout, "%d|%d|unix|%s|grpc\n", handshake.CoreProtocol, sdk.Protocol, listener.Addr()); err != nil {
@@ -90,6 +82,17 @@ func run(format sdk.Format, files *descriptor.Receiver, logger hclog.Logger) err
 		}
 	}
 	return s.Serve(listener)
+}
+
+// warn tells whom the level of the log interests, in the form of hclog, which the
+// core reads. To link that package would cost a fiftieth of an info.
+func warn(message string, cause error) {
+	if !slices.Contains([]string{"trace", "debug", "info", "warn"}, os.Getenv(handshake.LogLevelKey)) {
+		return
+	}
+	if line, err := json.Marshal(map[string]string{"@level": "warn", "@message": message, "error": cause.Error()}); err == nil {
+		fmt.Fprintf(os.Stderr, "%s\n", line)
+	}
 }
 
 // connected is a listener to which one connection comes, which is there.
