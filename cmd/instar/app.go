@@ -279,7 +279,7 @@ func (a *app) rootCommand() *cobra.Command {
 		},
 		RunE: func(*cobra.Command, []string) error { return nil },
 	}
-	root.SetVersionTemplate("instar version {{.Version}}\n")
+	a.registerUsage(root)
 	root.SetOut(a.out)
 	root.SetErr(a.err)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return &usageError{err.Error()} })
