@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -437,6 +438,10 @@ func (a *app) convertToFile(ctx context.Context, f *convertFlags, to *platform.P
 	if output == "" {
 		return f.failed(output, plugin.Manifest.Name, &errno.Error{Text: "Could not create ''", Err: syscall.ENOENT})
 	}
+	path, err := image.ParseOutput(output)
+	if err != nil {
+		return err
+	}
 	schema := format.Describe().Create
 	var settings []option.Setting // what flags and -o say wins
 	if to != nil {
@@ -460,7 +465,7 @@ func (a *app) convertToFile(ctx context.Context, f *convertFlags, to *platform.P
 		settings = append(settings, option.Setting{Key: x.key, Value: x.value})
 	}
 	req := &image.CreateRequest{
-		Path: output, Plugin: plugin, Size: source.Size, Sync: f.sync(),
+		Path: path, Plugin: plugin, Size: source.Size, Sync: f.sync(),
 		Allow: a.policy.checkOutput, Log: func(line string) { a.logf("%s", line) },
 	}
 	if req.Values, err = schema.Validate(plugin.Manifest.Name, append(settings, fromO...)); err != nil {
@@ -520,6 +525,10 @@ func openBase(ctx context.Context, opener *image.Opener, req *image.CreateReques
 	return chain.Close, nil
 }
 
+// zeroPrefix before the name of an output that exists says that it reads as
+// zeros: a protocol of Proxmox VE's qemu-img.
+const zeroPrefix = "zeroinit:"
+
 // convertInPlace writes into an image that exists.
 func (a *app) convertInPlace(ctx context.Context, f *convertFlags, source *copier.Source, output string, opts copier.Options) error {
 	opener, err := a.opener()
@@ -530,23 +539,29 @@ func (a *app) convertInPlace(ctx context.Context, f *convertFlags, source *copie
 	if err != nil {
 		return fmt.Errorf("Could not open '%s': %w", output, err)
 	}
-	open := image.Options{Format: format}
+	parse, name := image.ParseName, output
 	if f.targetOpts {
-		named, err := image.ParseImageOptions(output)
-		if err != nil {
-			return fmt.Errorf("Could not open '%s': %w", output, err)
-		}
-		open.Name = output
-		named.Apply(&open)
-		output = named.Path
-	} else if open.Format == "" {
-		p, err := a.formatOrFallback(opener.Session, formatFlag{}, "")
-		if err != nil {
-			return err
-		}
-		open.Format = p.Manifest.Name
+		parse = image.ParseImageOptions
+	} else if rest, ok := strings.CutPrefix(output, zeroPrefix); ok {
+		name, opts.TargetIsZero = rest, true
 	}
-	t, err := opener.OpenTarget(ctx, output, open)
+	named, err := parse(name)
+	if err != nil {
+		return fmt.Errorf("Could not open '%s': %w", output, err)
+	}
+	open := image.Options{Name: output}
+	named.Apply(&open)
+	if !f.targetOpts {
+		if format == "" {
+			p, err := a.formatOrFallback(opener.Session, formatFlag{}, "")
+			if err != nil {
+				return err
+			}
+			format = p.Manifest.Name
+		}
+		open.Format = format
+	}
+	t, err := opener.OpenTarget(ctx, named.Path, open)
 	if err != nil {
 		return err
 	}
@@ -645,7 +660,11 @@ func (a *app) convertWrapped(ctx context.Context, f *convertFlags, to *platform.
 	if output == standardStream {
 		return to.Archive(a.out, size, date, content)
 	}
-	set, err := outfile.Begin(output, outfile.Options{Log: func(line string) { a.logf("%s", line) }})
+	path, err := image.ParseOutput(output)
+	if err != nil {
+		return err
+	}
+	set, err := outfile.Begin(path, outfile.Options{Log: func(line string) { a.logf("%s", line) }})
 	if err != nil {
 		return err
 	}

@@ -165,7 +165,11 @@ func (a *app) create(ctx context.Context, f *createFlags, args []string) error {
 	if err != nil {
 		return err
 	}
-	req := &image.CreateRequest{Path: filename, Plugin: plugin, Allow: a.policy.checkOutput, Log: func(line string) { a.logf("%s", line) }}
+	path, err := image.ParseOutput(filename)
+	if err != nil {
+		return fmt.Errorf("%s: %w", filename, err)
+	}
+	req := &image.CreateRequest{Path: path, Plugin: plugin, Allow: a.policy.checkOutput, Log: func(line string) { a.logf("%s", line) }}
 	if req.Values, err = schema.Validate(plugin.Manifest.Name, settings); err != nil {
 		return fmt.Errorf("%s: %w", filename, err)
 	}

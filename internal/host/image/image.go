@@ -143,10 +143,10 @@ func (o *Opener) Open(ctx context.Context, path string, opts Options) (*Chain, e
 	file, err := walk.OpenMain(path, opts.ReadWrite)
 	if err != nil {
 		var host *errno.Error
-		protocol, _, colon := strings.Cut(path, ":")
+		protocol, named := protocolOf(path)
 		switch {
-		case errors.Is(err, fs.ErrNotExist) && colon && !strings.Contains(protocol, "/"):
-			return nil, couldNotOpen(opts.Name, fmt.Errorf("Unknown protocol '%s'", protocol))
+		case errors.Is(err, fs.ErrNotExist) && named:
+			return nil, couldNotOpen(opts.Name, unknownProtocol(protocol))
 		case errors.As(err, &host):
 			return nil, couldNotOpen(opts.Name, err) // QEMU names the image and the file
 		}

@@ -110,6 +110,32 @@ func ParseName(name string) (*Source, error) {
 	return root.source()
 }
 
+// ParseOutput returns the path that the name of a new image stands for: a path,
+// or file:PATH. What else has a protocol before it is refused, in qemu-img's
+// words: a caller that means a server must not get a file of that name. A path
+// with a colon in its first part is written ./NAME.
+func ParseOutput(name string) (string, error) {
+	if path, ok := strings.CutPrefix(name, filePrefix); ok {
+		if path == "" {
+			return "", errNoFile
+		}
+		return path, nil
+	}
+	if protocol, ok := protocolOf(name); ok {
+		return "", unknownProtocol(protocol)
+	}
+	return name, nil
+}
+
+// protocolOf returns what stands before the first colon of a name, if that is
+// before the first slash.
+func protocolOf(name string) (string, bool) {
+	protocol, _, colon := strings.Cut(name, ":")
+	return protocol, colon && !strings.Contains(protocol, "/")
+}
+
+func unknownProtocol(name string) error { return fmt.Errorf("Unknown protocol '%s'", name) }
+
 // node is a tree of image options: values are nodes, strings, and what else
 // JSON has.
 type node map[string]any

@@ -121,6 +121,29 @@ func TestParseName(t *testing.T) {
 	}
 }
 
+func TestParseOutput(t *testing.T) {
+	for _, c := range []struct{ in, want, fails string }{
+		{in: "a.qcow2", want: "a.qcow2"},
+		{in: "file:a.qcow2", want: "a.qcow2"},
+		{in: "file:/a:b", want: "/a:b"},
+		{in: "./a:b", want: "./a:b"},
+		{in: "dir/nbd://x", want: "dir/nbd://x"},
+		{in: "nbd:unix:/run/x", fails: "Unknown protocol 'nbd'"},
+		{in: "rbd:pool/image", fails: "Unknown protocol 'rbd'"},
+		{in: "json:{}", fails: "Unknown protocol 'json'"},
+		{in: ":a", fails: "Unknown protocol ''"},
+		{in: "file:", fails: "requires a file name"},
+	} {
+		got, err := ParseOutput(c.in)
+		switch {
+		case c.fails == "" && (err != nil || got != c.want):
+			t.Errorf("%s: %q, %v, want %q", c.in, got, err, c.want)
+		case c.fails != "" && (err == nil || !strings.Contains(err.Error(), c.fails)):
+			t.Errorf("%s: %q, %v, want %q", c.in, got, err, c.fails)
+		}
+	}
+}
+
 func FuzzParseName(f *testing.F) {
 	f.Add(`{"driver":"qcow2","file":{"filename":"a"},"backing":{"file.filename":"b"}}`)
 	f.Add(`{'driver':'file','filename':'a\'"','read-only':true}`)
