@@ -383,7 +383,7 @@ func (a *app) openSources(ctx context.Context, f *convertFlags, names []string) 
 
 // openConvertSource opens one source: a path, a URL or standard input.
 func (a *app) openConvertSource(ctx context.Context, f *convertFlags, name string) (*image.Chain, error) {
-	opts := image.Options{Backing: true, Snapshot: f.snapshot}
+	opts := image.Options{Backing: true, Snapshot: f.snapshot, Still: !f.dd}
 	if name != standardStream || f.source.imageOpts {
 		return a.openSource(ctx, &f.source, name, opts)
 	}

@@ -312,7 +312,9 @@ func openBacking(ctx context.Context, opener *image.Opener, req *image.CreateReq
 		return errItself
 	}
 	format := req.Values.StringOr(keyBackingFormat, "")
-	chain, err := opener.OpenBacking(ctx, req.Path, req.BackingName, format)
+	unlocked := *opener
+	unlocked.Shared = true // its size is all that is read: a guest may be writing into it
+	chain, err := unlocked.OpenBacking(ctx, req.Path, req.BackingName, format)
 	if err != nil {
 		return fmt.Errorf("%w\nCould not open backing image.", err)
 	}

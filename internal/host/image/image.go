@@ -49,6 +49,9 @@ type Options struct {
 	// Describe opens for Info alone: no guest data will be read, and each image
 	// of a chain is opened for its own sake.
 	Describe bool
+	// Still refuses what another process writes into. Without it that holds only for
+	// images with structures of their own, which would be read half written.
+	Still bool
 	// Name is what messages call the image; empty: its path.
 	Name string
 	// Own are options of the image's format.
@@ -278,7 +281,7 @@ func (o *Opener) openBackings(ctx context.Context, walk *gate.Walk, chain *Chain
 		}
 		shared = shared || over.Shared
 		over.Shared = shared
-		next, path, err := o.openBacking(ctx, walk, layer, ref, over, opts.Describe)
+		next, path, err := o.openBacking(ctx, walk, layer, ref, over, opts)
 		switch {
 		case err == nil:
 			chain.Layers = append(chain.Layers, next)
@@ -290,9 +293,9 @@ func (o *Opener) openBackings(ctx context.Context, walk *gate.Walk, chain *Chain
 	}
 }
 
-// openBacking opens the image that layer refers to. Where it fails it returns
-// the path that was tried.
-func (o *Opener) openBacking(ctx context.Context, walk *gate.Walk, layer *Layer, ref sdk.Reference, over Override, describe bool) (*Layer, string, error) {
+// openBacking opens the image that layer refers to, in the chain of an image opened
+// with top. Where it fails it returns the path that was tried.
+func (o *Opener) openBacking(ctx context.Context, walk *gate.Walk, layer *Layer, ref sdk.Reference, over Override, top Options) (*Layer, string, error) {
 	var file *os.File
 	var err error
 	path, format := layer.FullName(ref), ref.Format
@@ -318,7 +321,7 @@ func (o *Opener) openBacking(ctx context.Context, walk *gate.Walk, layer *Layer,
 		o.Warn(fmt.Sprintf("%s names no format for its backing file %s: probing it", layer.Path, path))
 	}
 	next, err := o.openLayer(ctx, walk, path, file, Options{
-		Format: format, Through: over.Through, Protocol: over.Protocol, Access: over.Access, Describe: describe,
+		Format: format, Through: over.Through, Protocol: over.Protocol, Access: over.Access, Describe: top.Describe, Still: top.Still,
 		Own: over.Own, Data: over.Data,
 	})
 	if err != nil {
@@ -340,13 +343,14 @@ func (o *Opener) openLayer(ctx context.Context, walk *gate.Walk, path string, fi
 			layer.Close()
 		}
 	}()
-	if !opts.Unlocked {
-		if err := o.lock(file, path, opts); err != nil {
-			return nil, err
-		}
-	}
 	if layer.Plugin, err = o.choose(path, file, opts); err != nil {
 		return nil, err
+	}
+	if !opts.Unlocked {
+		plain := layer.Plugin == o.Session.Plugins.Fallback()
+		if err := o.lock(file, path, plain, opts); err != nil {
+			return nil, err
+		}
 	}
 	for _, key := range slices.Sorted(maps.Keys(opts.Own)) {
 		if !slices.Contains(layer.Plugin.Manifest.OpenOptions, key) {
@@ -398,14 +402,17 @@ func (o *Opener) passOn(layer *Layer) {
 // errEncrypted has qemu-img's words for an image whose data nobody here can read.
 var errEncrypted = &sdk.Error{Text: "Parameter 'encrypt.key-secret' is required for cipher", Class: sdk.ErrUnsupported}
 
-// lock takes QEMU's locks on a file. -U is for reading alone.
-func (o *Opener) lock(file *os.File, path string, opts Options) error {
+// lock takes QEMU's locks on a file, which is plain where it holds nothing but guest
+// data. -U is for reading alone.
+func (o *Opener) lock(file *os.File, path string, plain bool, opts Options) error {
 	mode := lock.Read
 	switch {
 	case opts.ReadWrite:
 		mode = lock.Write
 	case o.Shared || opts.Shared:
 		mode = lock.Share
+	case plain && !opts.Still:
+		mode = lock.Look
 	}
 	return lock.Take(file, path, mode)
 }
@@ -462,7 +469,7 @@ func (o *Opener) openPart(walk *gate.Walk, layer *Layer, ref sdk.Reference, opts
 	if err != nil || opts.Unlocked {
 		return file, path, err
 	}
-	if err := o.lock(file, path, opts); err != nil {
+	if err := o.lock(file, path, false, opts); err != nil {
 		file.Close()
 		return nil, "", err
 	}

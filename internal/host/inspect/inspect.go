@@ -172,7 +172,7 @@ func Image(ctx context.Context, o *image.Opener, req Request) (*Verdict, error) 
 	if expected != "" && expected != v.Format {
 		find(RuleUnexpected, "it is %s, %s was expected", v.Format, expected)
 	}
-	chain, err := o.OpenFile(ctx, req.Path, file, image.Options{Format: v.Format, Describe: true, Check: true})
+	chain, err := o.OpenFile(ctx, req.Path, file, image.Options{Format: v.Format, Describe: true, Check: true, Still: true})
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)

@@ -41,6 +41,8 @@ const (
 	// Create: the file is about to be replaced: nobody may use it who relies
 	// on its content or size.
 	Create
+	// Look: the content may change meanwhile, but it must be there.
+	Look
 	// Share is Read with -U: whatever others do. Nothing is locked.
 	Share
 )
@@ -49,6 +51,8 @@ func (m Mode) permissions() (held, unshared uint8) {
 	switch m {
 	case Read:
 		return permRead, permWrite | permResize
+	case Look:
+		return permRead, 0
 	case Write:
 		return permRead | permWrite | permResize, permWrite | permResize
 	case Create:

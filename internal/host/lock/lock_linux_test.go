@@ -40,6 +40,8 @@ func TestModesAgainstEachOther(t *testing.T) {
 		{"writer keeps writers out", Write, Write, write},
 		{"creator keeps readers out", Create, Read, sharedW},
 		{"creator keeps creators out", Create, Create, `Failed to get "resize" lock`},
+		{"who looks does not mind a writer", Write, Look, ok},
+		{"who looks keeps nobody out", Look, Write, ok},
 		{"force-share sees no writer", Write, Share, ok},
 		{"force-share locks nothing", Share, Write, ok},
 	} {
