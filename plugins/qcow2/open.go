@@ -12,6 +12,7 @@ import (
 
 	"github.com/instar-img/instar/sdk"
 	"github.com/instar-img/instar/sdk/ondisk"
+	"github.com/instar-img/instar/sdk/option"
 )
 
 // image is an opened image.
@@ -73,6 +74,9 @@ func (format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, error) 
 	if err := im.readHeader(req.Check); err != nil {
 		return nil, err
 	}
+	if err := im.checkOptions(req.Options); err != nil {
+		return nil, err
+	}
 	if req.ReadWrite && !req.Check && im.h.incompatible&incompatCorrupt != 0 {
 		return nil, &sdk.Error{Text: "qcow2: Image is corrupt; cannot be opened read/write", Class: sdk.ErrReadOnly}
 	}
@@ -102,6 +106,22 @@ func (format) Open(ctx context.Context, req sdk.OpenRequest) (sdk.Image, error) 
 	im.cache.f = im.main
 	im.countSectors(ctx)
 	return im, nil
+}
+
+// checkOptions checks the options of opening, in QEMU's words.
+func (im *image) checkOptions(options map[string]string) error {
+	text, given := options[keyNoUnref]
+	if !given {
+		return nil
+	}
+	on, err := option.ParseBool(text)
+	switch {
+	case err != nil:
+		return &sdk.Error{Text: fmt.Sprintf("Parameter '%s' %v", keyNoUnref, err), Class: sdk.ErrInvalid}
+	case on && im.h.version < 3:
+		return &sdk.Error{Text: keyNoUnref + " is only supported since qcow2 version 3", Class: sdk.ErrInvalid}
+	}
+	return nil
 }
 
 // countSectors sets the virtual size. For qemu a disk ends with its last whole

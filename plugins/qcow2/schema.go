@@ -22,6 +22,10 @@ const (
 	keyPrealloc     = "preallocation"
 )
 
+// keyNoUnref is an option of opening: clusters that a guest discards shall stay
+// its own. No guest runs here, and it has no effect.
+const keyNoUnref = "discard-no-unref"
+
 const (
 	clusterSizeText  = "Cluster size must be a power of two between 512 and 2048k"
 	refcountBitsText = "Refcount width must be a power of two and may not exceed 64 bits"
@@ -72,7 +76,8 @@ func (format) Describe() sdk.Description {
 				// Versions to come are ours to refuse by name.
 				{Offset: 0, Bytes: "514649fb", Score: 50},
 			},
-			Rules: rules(),
+			Rules:       rules(),
+			OpenOptions: []string{keyNoUnref},
 		},
 		Create: schema(),
 	}

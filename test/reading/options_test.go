@@ -60,6 +60,25 @@ map 'json:{"driver":"qcow2","file":{"filename":"d.qcow2"},"data-file":{"driver":
 map 'json:{"driver":"qcow2","file":{"filename":"d.qcow2"},"data-file":"x"}'
 check --image-opts driver=qcow2,file.filename=d.qcow2,data-file.filename=other.raw
 `)
+	formattest.Script(t, dir, `
+qemu-img create -q -f qcow2 -o compat=0.10 v2.qcow2 1M
+`)
+	t.Run("10.0", func(t *testing.T) {
+		compareLines(t, dir, "10.0", instar, qemuImg10(t), `
+map --image-opts driver=qcow2,discard-no-unref=true,file.driver=file,file.filename=q.qcow2
+map --image-opts driver=qcow2,discard-no-unref=off,file.filename=v2.qcow2
+map --image-opts driver=qcow2,discard-no-unref=on,file.filename=v2.qcow2
+map --image-opts driver=qcow2,discard-no-unref=foo,file.filename=q.qcow2
+map --image-opts driver=raw,discard-no-unref=on,file.filename=q.qcow2
+map 'json:{"driver":"qcow2","discard-no-unref":true,"file.filename":"q.qcow2"}'
+`)
+		// As Proxmox VE names a new volume.
+		formattest.Script(t, dir, strings.ReplaceAll(`
+qemu-img create -q -f qcow2 new.qcow2 4M
+INSTAR convert -p -n -f raw --target-image-opts r.raw driver=qcow2,discard-no-unref=true,file.driver=file,file.filename=new.qcow2
+qemu-img compare r.raw new.qcow2
+`, "INSTAR", instar))
+	})
 	script := func(text string) {
 		t.Helper()
 		formattest.Script(t, dir, strings.ReplaceAll(text, "INSTAR", instar))
