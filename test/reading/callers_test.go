@@ -46,6 +46,9 @@ qemu-img convert -p -n -l snapshot.name=s1 -t none -T none -r 102400K -f qcow2 -
 qemu-img create -q -f qcow2 o 2M; qemu-img convert -p -n -f raw --target-image-opts r.raw driver=qcow2,file.driver=file,file.filename=$PWD/o
 qemu-img measure --output=json -O qcow2 a.qcow2
 qemu-img measure --size 10G -O qcow2 --output json
+qemu-img info --output=json -f qcow2 --backing-chain -- top.qcow2
+qemu-img create -F qcow2 -b a.qcow2 -f qcow2 -o extended_l2=on,cluster_size=128k,preallocation=metadata -- o
+qemu-img measure --output=json --size 8192K -O qcow2 -o extended_l2=on,cluster_size=128k
 # KubeVirt CDI
 prlimit --as=1073741824 --cpu=30 qemu-img info --output=json a.qcow2
 qemu-img info --output=json 'json: {"file.driver": "file", "file.filename": "a.qcow2"}'
