@@ -15,6 +15,7 @@ import (
 
 	"github.com/instar-img/instar/internal/host/copier"
 	"github.com/instar-img/instar/internal/host/errno"
+	"github.com/instar-img/instar/internal/host/gate"
 	"github.com/instar-img/instar/internal/host/image"
 	outfile "github.com/instar-img/instar/internal/host/output"
 	"github.com/instar-img/instar/internal/host/platform"
@@ -165,8 +166,6 @@ func (f *convertFlags) check(args []string) (copier.Options, error) {
 		return o, errors.New("Cannot enable copy offloading when -S is used")
 	case f.offload && f.compress:
 		return o, errors.New("Cannot enable copy offloading when -c is used")
-	case f.backing != "" && f.inPlace:
-		return o, errors.New("Cannot use -B with -n")
 	case f.backing != "" && f.backingFormat == "":
 		return o, errBackingFormat
 	case f.backing != "" && len(args) > 2:
@@ -570,7 +569,35 @@ func (a *app) convertInPlace(ctx context.Context, f *convertFlags, source *copie
 		t.Close()
 		return errors.New("output file is smaller than input file")
 	}
+	if f.backing != "" {
+		if err := f.namesBacking(t); err != nil {
+			t.Close()
+			return err
+		}
+		// What it holds by itself counts as much: only what differs is written.
+		opts.Base = copier.FromChain(t.Chain)
+	}
 	return a.copyInto(ctx, f, source, t, opts)
+}
+
+// namesBacking refuses a -B that is not the backing file which an output has.
+func (f *convertFlags) namesBacking(t *image.Target) error {
+	if t.Chain == nil || len(t.Chain.Layers) < 2 {
+		return fmt.Errorf("-B %s: the output has no backing file", f.backing)
+	}
+	top, backing := t.Chain.Layers[0], t.Chain.Layers[1]
+	named, err := os.Stat(gate.Resolve(top.Path, f.backing))
+	if err != nil {
+		return err
+	}
+	there, err := backing.Files[0].File.Stat()
+	if err != nil {
+		return err
+	}
+	if !os.SameFile(named, there) || f.backingFormat != backing.Format() {
+		return fmt.Errorf("-B %s -F %s: the output's backing file is %s, of format %s", f.backing, f.backingFormat, backing.Path, backing.Format())
+	}
+	return nil
 }
 
 // copyInto copies and commits.

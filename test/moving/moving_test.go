@@ -361,6 +361,46 @@ func TestInPlace(t *testing.T) {
 	}
 }
 
+// TestInPlaceOverBacking writes into overlays that are new, and that hold something
+// else: what comes out is the source, and what it has in common with the backing
+// file is not stored again.
+func TestInPlaceOverBacking(t *testing.T) {
+	dir := t.TempDir()
+	randomDisk(t, filepath.Join(dir, "base.raw"), 8<<20, 31)
+	randomDisk(t, filepath.Join(dir, "old.raw"), 8<<20, 32)
+	randomDisk(t, filepath.Join(dir, "new.raw"), 8<<20, 33)
+	must(t, dir, "cp", "base.raw", "disk.raw")
+	must(t, dir, "dd", "if=new.raw", "of=disk.raw", "bs=1M", "skip=1", "seek=1", "count=2", "conv=notrunc", "status=none")
+	must(t, dir, "dd", "if=/dev/zero", "of=disk.raw", "bs=64k", "seek=80", "count=10", "conv=notrunc", "status=none")
+	must(t, dir, "cp", "base.raw", "other.raw")
+	for _, tt := range []target{
+		{name: "qcow2", format: "qcow2"},
+		{name: "qcow2-4k", format: "qcow2", args: []string{"-o", "cluster_size=4k"}},
+		{name: "qcow2-1M", format: "qcow2", args: []string{"-o", "cluster_size=1M"}},
+		{name: "qcow2-extended", format: "qcow2", args: []string{"-o", "extended_l2=on,cluster_size=128k"}},
+	} {
+		for _, old := range []string{"base.raw", "old.raw"} {
+			for _, more := range [][]string{nil, {"-c"}} {
+				overlay := append(append([]string{"convert", "-f", "raw", "-O", tt.format, "-B", "base.raw", "-F", "raw"}, tt.args...), more...)
+				must(t, dir, instar(t), append(overlay, old, "img")...)
+				must(t, dir, instar(t), append(overlay, "disk.raw", "fresh")...)
+				silent(t, dir, append(append([]string{"convert", "-n", "-f", "raw", "-O", tt.format, "-B", "base.raw", "-F", "raw"}, more...), "disk.raw", "img")...)
+				compare(t, dir, tt, "disk.raw", "img")
+				must(t, dir, "qemu-img", "check", "-f", tt.format, "img")
+				if n, most := allocated(t, filepath.Join(dir, "img")), allocated(t, filepath.Join(dir, "fresh"))+1<<20; old == "base.raw" && n > most {
+					t.Errorf("%s %v: %d bytes are stored, %d are enough", tt.name, more, n, most)
+				}
+			}
+		}
+		for _, wrong := range [][]string{{"other.raw", "raw"}, {"base.raw", "qcow2"}} {
+			out, err := run(dir, instar(t), "convert", "-n", "-f", "raw", "-O", tt.format, "-B", wrong[0], "-F", wrong[1], "disk.raw", "img")
+			if err == nil || !strings.Contains(out, "the output's backing file is") {
+				t.Errorf("%s: %v %s", wrong, err, out)
+			}
+		}
+	}
+}
+
 // TestInPlaceZeros writes zeros over images that are full, whose space the host
 // gets back.
 func TestInPlaceZeros(t *testing.T) {
