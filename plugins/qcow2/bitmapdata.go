@@ -26,7 +26,7 @@ func (im *image) ReadBitmap(ctx context.Context, name string, yield func([]sdk.R
 		return fmt.Errorf("bitmap %q is inconsistent: %w", name, sdk.ErrCorrupt)
 	}
 	g := &im.g
-	size := int64(im.h.size &^ (sectorSize - 1))
+	size := int64(im.h.wholeSize())
 	perCluster, ok := ondisk.Mul(g.clusterSize*8, 1<<e.granularityBits) // guest bytes
 	if !ok {
 		perCluster = 1 << 62

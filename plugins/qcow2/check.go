@@ -140,7 +140,7 @@ func (c *checker) refcounts(size int64) error {
 		return err
 	}
 	c.blocks = newBlockCache(c.im)
-	c.res.TotalClusters = g.clusters(int64(c.im.h.size &^ (sectorSize - 1)))
+	c.res.TotalClusters = g.clusters(int64(c.im.h.wholeSize()))
 	c.refs = newCounts(g.order, c.clusters)
 	if err := c.calculate(c.req.Fix); err != nil {
 		return err

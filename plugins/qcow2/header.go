@@ -123,6 +123,10 @@ func (h *header) decode(b []byte) error {
 	return nil
 }
 
+// wholeSize is the disk's size in bytes up to its last whole sector, with which a
+// disk ends for qemu.
+func (h *header) wholeSize() uint64 { return h.size &^ (sectorSize - 1) }
+
 // append adds the fixed fields, as long as h.length says.
 func (h *header) append(b []byte) []byte {
 	be := binary.BigEndian

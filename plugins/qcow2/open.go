@@ -355,7 +355,7 @@ func (im *image) readBitmaps() ([]bitmapEntry, error) {
 	if err != nil {
 		return nil, err
 	}
-	return decodeBitmaps(b, x.count, im.g, im.h.size&^(sectorSize-1))
+	return decodeBitmaps(b, x.count, im.g, im.h.wholeSize())
 }
 
 func (im *image) selectSnapshot(want string) error {

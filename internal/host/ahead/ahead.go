@@ -63,13 +63,10 @@ func Begin(args []string) {
 
 func (s *start) run() {
 	defer close(s.done)
-	m := &s.plugin.Manifest
+	spec := s.plugin.Spec()
+	spec.Limits.MemoryBytes = s.memory
 	// Where it fails, who needs it will start it, and report.
-	c, err := child.Start(child.Spec{
-		Path: s.plugin.Path, Roots: m.RuntimeRoots, Protocols: []int{sdk.Protocol},
-		Connected: m.Connection == sdk.ConnectionInherited, Limits: child.Limits{MemoryBytes: s.memory},
-	})
-	if err == nil {
+	if c, err := child.Start(spec); err == nil {
 		s.child = c
 	}
 }

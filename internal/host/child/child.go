@@ -89,21 +89,18 @@ func Start(spec Spec) (*Child, error) {
 		return nil, err
 	}
 	c := &Child{path: spec.Path, args: append([]string{spec.Path}, spec.Args...), roots: spec.Roots, confined: mode != Off, done: make(chan struct{})}
-	if spec.Connected {
-		if err := c.start(spec); err != nil {
+	if !spec.Connected {
+		if c.dir, err = newSocketDir(); err != nil {
 			return nil, err
 		}
-		sweepAllOnce()
-		return c, nil
-	}
-	if c.dir, err = newSocketDir(); err != nil {
-		return nil, err
 	}
 	if err := c.start(spec); err != nil {
-		c.dir.remove(nil)
+		if c.dir != nil {
+			c.dir.remove(nil)
+		}
 		return nil, err
 	}
-	c.dir.sweepOnce()
+	sweepOnce()
 	return c, nil
 }
 

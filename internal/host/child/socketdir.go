@@ -147,22 +147,15 @@ func (d *socketDir) remove(gone <-chan struct{}) {
 // removeTimeout bounds the wait for the end of a process that was killed.
 const removeTimeout = 5 * time.Second
 
-var swept sync.Once
-
-// sweepOnce removes the directories of dead runs, once in a process.
-func (d *socketDir) sweepOnce() { swept.Do(func() { Sweep(d.base) }) }
-
-// sweepAllOnce does so wherever they may be, for a run that makes none.
-func sweepAllOnce() {
-	swept.Do(func() {
-		for _, base := range baseDirs() {
-			if ownAndPrivate(base) == nil {
-				Sweep(base)
-				_ = unix.Rmdir(base) // fails, as it should, while others use it
-			}
+// sweepOnce removes what dead runs left wherever that may be, once in a process.
+var sweepOnce = sync.OnceFunc(func() {
+	for _, base := range baseDirs() {
+		if ownAndPrivate(base) == nil {
+			Sweep(base)
+			_ = unix.Rmdir(base) // fails, as it should, while others use it
 		}
-	})
-}
+	}
+})
 
 // Sweep removes from a base directory what dead runs left there.
 func Sweep(base string) {

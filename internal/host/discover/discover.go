@@ -41,6 +41,14 @@ type Plugin struct {
 	Dir          string // in which it was found
 }
 
+// Spec says how to run the program, without limits.
+func (p *Plugin) Spec() child.Spec {
+	return child.Spec{
+		Path: p.Path, Roots: p.Manifest.RuntimeRoots, Protocols: []int{sdk.Protocol},
+		Connected: p.Manifest.Connection == sdk.ConnectionInherited,
+	}
+}
+
 // Set is what was found.
 type Set struct {
 	plugins []*Plugin

@@ -29,6 +29,12 @@ func (i *inherited) Read(b []byte) (int, error) {
 	return n, err
 }
 
+// silent reports whether nothing came from the program, where it has inherited.
+func (i *inherited) silent() bool { return i != nil && !i.heard.Load() }
+
+// late reports whether something should have come by now.
+func (i *inherited) late() bool { return i != nil && time.Since(i.since) >= i.timeout }
+
 // use speaks to a program over the connection that it has inherited. It does not
 // wait for an answer, so that the first request is ready when the program is. A
 // failure shows there.
@@ -67,14 +73,12 @@ const silence = 200 * time.Millisecond
 // it is no plugin, or one that listens.
 func (p *Process) listenToStdout() {
 	out := p.child.Stdout()
-	if n, _ := out.Read(make([]byte, maxFirstRead)); n > 0 {
+	if n, _ := out.Read(make([]byte, 4096)); n > 0 {
 		time.AfterFunc(silence, func() {
-			if !p.inherited.heard.Load() {
+			if p.inherited.silent() {
 				p.inherited.Close()
 			}
 		})
 	}
 	io.Copy(io.Discard, out)
 }
-
-const maxFirstRead = 4096

@@ -91,10 +91,15 @@ func Start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error)
 		return nil, protocolError(p, fmt.Sprint(p.Manifest.Protocols))
 	}
 	proc, err := start(ctx, p, o)
-	if err != nil && !errors.As(err, new(*ExitError)) && !errors.As(err, new(*ProtocolError)) {
-		return nil, fmt.Errorf("plugin %s (%s): %w", p.Manifest.Name, p.Path, err)
+	return proc, named(p, err)
+}
+
+// named adds the plugin to an error that does not name it.
+func named(p *discover.Plugin, err error) error {
+	if err == nil || errors.As(err, new(*ExitError)) || errors.As(err, new(*ProtocolError)) {
+		return err
 	}
-	return proc, err
+	return fmt.Errorf("plugin %s (%s): %w", p.Manifest.Name, p.Path, err)
 }
 
 func start(ctx context.Context, p *discover.Plugin, o Options) (*Process, error) {
@@ -188,12 +193,12 @@ func program(p *discover.Plugin, o Options) (*child.Child, error) {
 			return c, nil
 		}
 	}
-	return child.Start(child.Spec{
-		Path: p.Path, Roots: p.Manifest.RuntimeRoots, Limits: o.Limits, LogLevel: level,
-		Protocols: []int{sdk.Protocol},
-		// go-plugin reads what a program logs that listens.
-		Connected: p.Manifest.Connection == sdk.ConnectionInherited && level == "",
-	})
+	spec := p.Spec()
+	spec.Limits, spec.LogLevel = o.Limits, level
+	if level != "" {
+		spec.Connected = false // go-plugin reads what a program logs that listens
+	}
+	return child.Start(spec)
 }
 
 // dial makes a connection ready over what dialer returns, in the background. A
@@ -384,27 +389,19 @@ func (p *Process) Explain(err error) error {
 	if err == nil {
 		return nil
 	}
-	late := p.inherited != nil && time.Since(p.inherited.since) >= p.inherited.timeout
-	if p.inherited != nil && !p.inherited.heard.Load() && p.child.FirstLine() != "" {
-		if wrong := p.lineError(p.child.FirstLine()); wrong != nil {
-			return p.fault(wrong)
+	if line := p.child.FirstLine(); p.inherited.silent() && line != "" {
+		wrong := p.lineError(line)
+		if wrong == nil {
+			wrong = errors.New("it listens, where its manifest says that it inherits its connection")
 		}
-		return p.fault(errors.New("it listens, where its manifest says that it inherits its connection"))
+		return named(p.plugin, wrong)
 	}
-	exit := p.exitErrorSoon()
-	switch {
-	case exit != nil:
+	late := p.inherited.late() // before the wait for its end
+	if exit := p.exitErrorSoon(); exit != nil {
 		return exit
-	case late && !p.inherited.heard.Load():
-		return p.fault(fmt.Errorf("it did not answer within %v", p.inherited.timeout))
 	}
-	return p.fault(errors.New(status.Convert(err).Message()))
-}
-
-// fault says of which plugin something is true.
-func (p *Process) fault(err error) error {
-	if errors.As(err, new(*ProtocolError)) {
-		return err // it says so
+	if late && p.inherited.silent() {
+		return named(p.plugin, fmt.Errorf("it did not answer within %v", p.inherited.timeout))
 	}
-	return fmt.Errorf("plugin %s (%s): %w", p.plugin.Manifest.Name, p.plugin.Path, err)
+	return named(p.plugin, errors.New(status.Convert(err).Message()))
 }

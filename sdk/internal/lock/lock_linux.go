@@ -9,8 +9,8 @@ import (
 
 // Engage locks all threads of the process: no file system, no new programs,
 // processes or sockets, no other processes. What stays are descriptors that are
-// open or are passed in, and memory. With accept it
-// still takes connections to a socket that listens. There is no way back.
+// open or are passed in, and memory. With accept it still takes connections to a
+// socket that listens. There is no way back.
 func Engage(accept bool) error {
 	var missing []error
 	if err := confine.NoNewPrivsAll(); err != nil {
